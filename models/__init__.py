@@ -1,0 +1,1 @@
+"""Thin model classes on top of the fused ops."""

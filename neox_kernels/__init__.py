@@ -1,0 +1,61 @@
+"""Fused kernels for GPT-NeoX and GPT-J: rotary embedding on CPU and GPU, and the swap into models that people have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from neox_kernels import backends
+from neox_kernels.backends import explain, use_backend
+from neox_kernels.nn import RotaryEmbedding
+from neox_kernels.ops.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.ops.tables import rotary_tables
+
+if TYPE_CHECKING:
+    from neox_kernels.integrations.transformers import SwapReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RotaryEmbedding",
+    "apply_rotary",
+    "apply_rotary_kv_append",
+    "apply_rotary_qk",
+    "explain",
+    "restore",
+    "rotary_tables",
+    "swap",
+    "use_backend",
+]
+
+# Ahead of the first call, so that torch.compile finds a filled table. Where there is a GPU and no compiled CUDA library
+# this imports triton; nowhere else does the import.
+backends.fill(("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+
+
+def swap(model: torch.nn.Module, *, rotary: bool = True) -> SwapReport:
+    """Let the fused ops serve a live transformers GPT-NeoX or GPT-J model: same numbers, less time.
+
+    Args:
+        model: any module that holds transformers' GPT-NeoX or GPT-J attention layers; changed in place, per instance:
+            transformers itself and other models stay as they are.
+        rotary: replace the rotary embedding of every layer.
+
+    Returns:
+        What was replaced, and what was left and why; it prints well. Swapping twice changes nothing more.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    from neox_kernels.integrations import transformers
+
+    return transformers.swap(model, rotary=rotary)
+
+
+def restore(model: torch.nn.Module) -> SwapReport:
+    """Put back everything that :func:`swap` replaced in ``model``."""
+    from neox_kernels.integrations import transformers
+
+    return transformers.restore(model)
