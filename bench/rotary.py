@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import compare
-from rotary_cases import cases, contenders
+from rotary_cases import BASELINE, CONTENDERS, cases, contenders
 
 import neox_kernels
 from neox_kernels import compiled
@@ -28,6 +28,7 @@ from neox_kernels import compiled
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="only this shape; may be repeated")
+    parser.add_argument("--kind", action="append", choices=CONTENDERS, help="only this kind; may be repeated")
     parser.add_argument("--compiled", action="store_true", help="torch.compile of transformers' code too (minutes)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall clock in place of CPU time")
@@ -46,10 +47,10 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for case in cases():
-            if args.model and case.shape.model not in args.model:
+            if case.shape.model not in (args.model or [case.shape.model]) or case.kind not in (args.kind or CONTENDERS):
                 continue
             calls = contenders(case, compiled=args.compiled)
-            timings = compare(calls, "transformers eager", rounds=args.rounds, clock=clock)
+            timings = compare(calls, BASELINE, rounds=args.rounds, clock=clock)
             print(f"\n{case}, {case.bytes / 1e6:.2f} MB read and written")
             for timing in timings.values():
                 print(f"  {timing.name:24}{timing.describe()}  {case.bytes / timing.seconds / 1e9:6.1f} GB/s")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neox_kernels import apply_rotary_qk, rotary_tables
+from neox_kernels import apply_rotary, apply_rotary_kv_append, apply_rotary_qk, rotary_tables
 from neox_kernels.reference import apply_rotary_qk as oracle
 from neox_kernels.testing import ROTARY_SHAPES, RotaryShape, assert_within_budget, packed_qkv, to_float64
 
 LENGTHS = ((1, 1), (8, 1), (1, 128), (4, 512), (1, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
+BASELINE = "transformers eager"
 Call = Callable[[], object]
 
 
@@ -22,23 +23,61 @@ Call = Callable[[], object]
 class RotaryCase:
     """One model's rotary over a batch: what one layer does per forward."""
 
+    kind: str  # a key of CONTENDERS
     shape: RotaryShape
     batch: int
     seqlen: int
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.shape.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.kind}: {self.shape.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def bytes(self) -> int:
-        """Read once and written once: q and k."""
+        """Of q and k, read once and written once."""
         return 4 * self.batch * self.seqlen * self.shape.nheads * self.shape.head_dim * self.dtype.itemsize
 
 
 def cases() -> Iterator[RotaryCase]:
-    for shape, (batch, seqlen), dtype in itertools.product(ROTARY_SHAPES, LENGTHS, DTYPES):
-        yield RotaryCase(shape, batch, seqlen, dtype)
+    for kind, shape, (batch, seqlen), dtype in itertools.product(CONTENDERS, ROTARY_SHAPES, LENGTHS, DTYPES):
+        if kind == "forward" or (kind == "append" and seqlen == 1) or (kind == "training" and seqlen == 512):
+            yield RotaryCase(kind, shape, batch, seqlen, dtype)
+
+
+class Inputs:
+    """q, k and v of one layer as its model's code holds them, and the model's own rotary of q and k."""
+
+    def __init__(self, case: RotaryCase) -> None:
+        shape, self.seqlen = case.shape, case.seqlen
+        q, k, v = packed_qkv(case.batch, case.seqlen, shape.nheads, shape.head_dim, case.dtype)
+        if shape.interleaved:  # GPT-J projects q, k and v on their own
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        self.q, self.k, self.v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, nheads, seqlen, head_dim)
+        self.cos, self.sin = rotary_tables(shape.rotary_dim, 2048)
+        self.interleaved = shape.interleaved
+        self.position_ids = torch.arange(case.seqlen)[None].expand(case.batch, -1).contiguous()
+        self.gpt_j_table = torch.cat((self.sin, self.cos), dim=-1)
+        wide = (torch.cat((t, t), dim=-1)[None, : case.seqlen].to(case.dtype) for t in (self.cos, self.sin))
+        self.wide_cos, self.wide_sin = wide
+
+    def eager_args(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+        if self.interleaved:
+            tokens_first = self.q.transpose(1, 2), self.k.transpose(1, 2)
+            return _gpt_j, (*tokens_first, self.gpt_j_table, self.position_ids)
+        return _gpt_neox, (self.q, self.k, self.wide_cos, self.wide_sin)
+
+    def eager(self) -> tuple[Tensor, Tensor]:
+        function, args = self.eager_args()
+        return function(*args)
+
+    def fused(self) -> tuple[Tensor, Tensor]:
+        return apply_rotary_qk(self.q, self.k, self.cos, self.sin, interleaved=self.interleaved, layout="bhsd")
+
+    def check(self, results: tuple[Tensor, Tensor], case: RotaryCase) -> None:
+        inputs = to_float64((self.q.detach(), self.k.detach(), self.cos, self.sin))
+        truth = oracle(*inputs, interleaved=self.interleaved, layout="bhsd")
+        for actual, same_dtype, exact in zip(results, self.eager(), truth, strict=True):
+            assert_within_budget(actual, same_dtype, exact, str(case))
 
 
 def _gpt_neox(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,46 +103,78 @@ def _gpt_j(q: Tensor, k: Tensor, table: Tensor, position_ids: Tensor) -> tuple[T
     return out[0], out[1]
 
 
-def contenders(case: RotaryCase, *, compiled: bool = False) -> dict[str, Call]:
-    """By name; "transformers eager" is the baseline. Results are checked against the float64 oracle first."""
-    shape, seqlen = case.shape, case.seqlen
-    q, k, _ = packed_qkv(case.batch, seqlen, shape.nheads, shape.head_dim, case.dtype)
-    if shape.interleaved:  # GPT-J projects q and k on their own
-        q, k = q.contiguous(), k.contiguous()
-    cos, sin = rotary_tables(shape.rotary_dim, 2048)
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
-    eager: Call
-    if shape.interleaved:
-        table = torch.cat((sin, cos), dim=-1)
-        position_ids = torch.arange(seqlen)[None].expand(case.batch, -1).contiguous()
-        eager_function, eager_args = _gpt_j, (q.transpose(1, 2), k.transpose(1, 2), table, position_ids)
-    else:
-        wide = [torch.cat((t[:seqlen], t[:seqlen]), dim=-1)[None].to(case.dtype) for t in (cos, sin)]
-        eager_function, eager_args = _gpt_neox, (q, k, wide[0], wide[1])
-    eager = lambda: eager_function(*eager_args)  # noqa: E731
-
-    def ours() -> object:
-        return apply_rotary_qk(q, k, cos, sin, interleaved=shape.interleaved, layout="bhsd")
-
-    spare_q, spare_k = q.clone(), k.clone()
-
-    def ours_in_place() -> object:
-        return apply_rotary_qk(spare_q, spare_k, cos, sin, interleaved=shape.interleaved, layout="bhsd", inplace=True)
-
-    flat_q, flat_k = q.contiguous(), k.contiguous()
+def forward(case: RotaryCase, compiled: bool) -> dict[str, Call]:
+    """q and k of one layer, no gradient."""
+    inputs = Inputs(case)
+    inputs.check(inputs.fused(), case)
+    spare_q, spare_k = inputs.q.clone(), inputs.k.clone()
+    flat_q, flat_k = inputs.q.contiguous(), inputs.k.contiguous()
     target_q, target_k = torch.empty_like(flat_q), torch.empty_like(flat_k)
+    args = {"interleaved": inputs.interleaved, "layout": "bhsd"}
+    cos, sin = inputs.cos, inputs.sin
     calls: dict[str, Call] = {
-        "transformers eager": eager,
-        "neox_kernels": ours,
-        "neox_kernels in place": ours_in_place,
+        BASELINE: inputs.eager,
+        "neox_kernels": inputs.fused,
+        "neox_kernels, q then k": lambda: [apply_rotary(x, cos, sin, **args) for x in (inputs.q, inputs.k)],
+        "neox_kernels in place": lambda: apply_rotary_qk(spare_q, spare_k, cos, sin, inplace=True, **args),
         "memcpy to fresh memory": lambda: (flat_q.clone(), flat_k.clone()),
         "memcpy": lambda: (target_q.copy_(flat_q), target_k.copy_(flat_k)),
     }
     if compiled:
-        fast = torch.compile(eager_function, dynamic=False)
+        function, eager_args = inputs.eager_args()
+        fast = torch.compile(function, dynamic=False)
         calls["transformers compiled"] = lambda: fast(*eager_args)
-
-    truth = oracle(*to_float64((q, k, cos, sin)), interleaved=shape.interleaved, layout="bhsd")
-    for actual, same_dtype, exact in zip(ours(), eager(), truth, strict=True):  # type: ignore[call-overload]
-        assert_within_budget(actual, same_dtype, exact, str(case))
     return calls
+
+
+def append(case: RotaryCase, compiled: bool) -> dict[str, Call]:
+    """A decode step: q and k rotated, k and v written behind the 511 tokens of a cache of 1024."""
+    inputs = Inputs(case)
+    inputs.check(inputs.fused(), case)
+    batch, nheads, _, head_dim = inputs.k.shape
+    caches = [torch.zeros(batch, nheads, 1024, head_dim, dtype=case.dtype) for _ in range(2)]
+    cache_seqlens = torch.full((batch,), 511, dtype=torch.int32)
+    row = torch.tensor([511])
+
+    def eager() -> object:
+        q, k = inputs.eager()
+        for cache, new in zip(caches, (k, inputs.v), strict=True):
+            cache.index_copy_(2, row, new)  # as transformers' static cache writes
+        return q
+
+    def fused() -> object:
+        return apply_rotary_kv_append(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.cos,
+            inputs.sin,
+            *caches,
+            cache_seqlens,
+            interleaved=inputs.interleaved,
+            layout="bhsd",
+        )
+
+    return {BASELINE: eager, "neox_kernels": fused}
+
+
+def training(case: RotaryCase, compiled: bool) -> dict[str, Call]:
+    """Forward and backward of q and k."""
+    inputs = Inputs(case)
+    inputs.q, inputs.k = inputs.q.detach().requires_grad_(), inputs.k.detach().requires_grad_()
+    grads = torch.randn_like(inputs.q), torch.randn_like(inputs.k)
+
+    def step(call: Callable[[], tuple[Tensor, Tensor]]) -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(call(), (inputs.q, inputs.k), grads)
+
+    inputs.check(inputs.fused(), case)
+    return {BASELINE: lambda: step(inputs.eager), "neox_kernels": lambda: step(inputs.fused)}
+
+
+CONTENDERS = {"forward": forward, "append": append, "training": training}
+
+
+def contenders(case: RotaryCase, *, compiled: bool = False) -> dict[str, Call]:
+    """By name; BASELINE is what the others are compared with. Results are checked against the float64 oracle first."""
+    return CONTENDERS[case.kind](case, compiled)

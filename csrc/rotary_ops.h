@@ -20,8 +20,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using LaunchRotary = void (*)(const RotaryArgs&, const Tensor& like);
 
-// The bits of a schema's `mode`.
-enum RotaryMode : int64_t { kInterleaved = 1, kHeadsFirst = 2, kConjugate = 4 };
+// The bits of a schema's `flags`.
+enum RotaryFlags : int64_t { kInterleaved = 1, kHeadsFirst = 2, kConjugate = 4 };
 
 // std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError.
 inline void require(bool condition, const char* message) {
@@ -80,17 +80,17 @@ inline Indices indices_of(const Tensor& x, const Place& place, const char* messa
 // The dimensions of x that count sequences (-1: none), tokens and heads.
 struct Axes {
   int64_t batch, seqlen, nheads;
-  Axes(const Tensor& x, int64_t mode) : batch(-1), seqlen(0), nheads(1) {
+  Axes(const Tensor& x, int64_t flags) : batch(-1), seqlen(0), nheads(1) {
     if (x.dim() == 4) {
       batch = 0;
-      seqlen = mode & kHeadsFirst ? 2 : 1;
+      seqlen = flags & kHeadsFirst ? 2 : 1;
       nheads = 3 - seqlen;
     }
   }
 };
 
-inline RotaryTensor describe(const Tensor& in, const Tensor& out, int64_t mode, bool rotate = true, bool append = false) {
-  const Axes axes(in, mode);
+inline RotaryTensor describe(const Tensor& in, const Tensor& out, int64_t flags, bool rotate = true, bool append = false) {
+  const Axes axes(in, flags);
   const auto i = in.strides(), o = out.strides();
   RotaryTensor t{};
   t.in = in.const_data_ptr();
@@ -133,9 +133,9 @@ inline void set_tables(RotaryArgs& args, const Tensor& cos, const Tensor& sin, S
 
 inline RotaryArgs make_args(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& position_ids,
                             const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens, int64_t offset,
-                            int64_t mode) {
+                            int64_t flags) {
   require(x.dim() == 4 || x.dim() == 3, "rotary: x must have 3 or 4 dimensions");
-  const Axes axes(x, mode);
+  const Axes axes(x, flags);
   const Place place(x);
   const bool flat = axes.batch < 0;
   RotaryArgs args{};
@@ -149,8 +149,8 @@ inline RotaryArgs make_args(const Tensor& x, const Tensor& cos, const Tensor& si
   args.seqlen = x.size(axes.seqlen);
   args.head_dim = x.size(x.dim() - 1);
   args.offset = offset;
-  args.interleaved = mode & kInterleaved;
-  args.conjugate = mode & kConjugate;
+  args.interleaved = flags & kInterleaved;
+  args.conjugate = flags & kConjugate;
   set_tables(args, cos, sin, type, place);
 
   const bool has_positions = position_ids.has_value() || seqlen_offsets.has_value() || offset != 0;
@@ -186,8 +186,8 @@ inline RotaryArgs make_args(const Tensor& x, const Tensor& cos, const Tensor& si
 }
 
 // y (k, v) against x (q): the same but for the number of heads.
-inline void require_same_tokens(const Tensor& x, const Tensor& y, int64_t mode) {
-  const Axes axes(x, mode);
+inline void require_same_tokens(const Tensor& x, const Tensor& y, int64_t flags) {
+  const Axes axes(x, flags);
   bool same = x.dim() == y.dim() && x.scalar_type() == y.scalar_type() && Place(x) == Place(y);
   for (int64_t d = 0; same && d < x.dim(); ++d) same = d == axes.nheads || x.size(d) == y.size(d);
   require(same, "rotary: q, k and v must share dtype, device and shape but for the heads");
@@ -195,11 +195,11 @@ inline void require_same_tokens(const Tensor& x, const Tensor& y, int64_t mode) 
 
 template <LaunchRotary launch>
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& position_ids,
-              const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens, int64_t offset, int64_t mode) {
+              const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens, int64_t offset, int64_t flags) {
   const Tensor in = with_contiguous_last_dim(x), c = with_contiguous_last_dim(cos), s = with_contiguous_last_dim(sin);
-  RotaryArgs args = make_args(in, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, mode);
+  RotaryArgs args = make_args(in, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, flags);
   Tensor out = empty_contiguous_like(in);
-  args.tensors[0] = describe(in, out, mode);
+  args.tensors[0] = describe(in, out, flags);
   args.ntensors = 1;
   launch(args, in);
   return out;
@@ -208,14 +208,14 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const Optio
 template <LaunchRotary launch>
 std::tuple<Tensor, Tensor> rotary_qk(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                      const OptionalTensor& position_ids, const OptionalTensor& seqlen_offsets,
-                                     const OptionalTensor& cu_seqlens, int64_t offset, int64_t mode) {
+                                     const OptionalTensor& cu_seqlens, int64_t offset, int64_t flags) {
   const Tensor q_in = with_contiguous_last_dim(q), k_in = with_contiguous_last_dim(k);
   const Tensor c = with_contiguous_last_dim(cos), s = with_contiguous_last_dim(sin);
-  RotaryArgs args = make_args(q_in, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, mode);
-  require_same_tokens(q, k, mode);
+  RotaryArgs args = make_args(q_in, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, flags);
+  require_same_tokens(q, k, flags);
   Tensor q_out = empty_contiguous_like(q_in), k_out = empty_contiguous_like(k_in);
-  args.tensors[0] = describe(q_in, q_out, mode);
-  args.tensors[1] = describe(k_in, k_out, mode);
+  args.tensors[0] = describe(q_in, q_out, flags);
+  args.tensors[1] = describe(k_in, k_out, flags);
   args.ntensors = 2;
   launch(args, q_in);
   return {q_out, k_out};
@@ -224,11 +224,11 @@ std::tuple<Tensor, Tensor> rotary_qk(const Tensor& q, const Tensor& k, const Ten
 template <LaunchRotary launch>
 void rotary_inplace(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& position_ids,
                     const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens, int64_t offset,
-                    int64_t mode) {
+                    int64_t flags) {
   const Tensor c = with_contiguous_last_dim(cos), s = with_contiguous_last_dim(sin);
-  RotaryArgs args = make_args(x, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, mode);
+  RotaryArgs args = make_args(x, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, flags);
   require_writable(x);
-  args.tensors[0] = describe(x, x, mode);
+  args.tensors[0] = describe(x, x, flags);
   args.ntensors = 1;
   launch(args, x);
 }
@@ -236,14 +236,14 @@ void rotary_inplace(const Tensor& x, const Tensor& cos, const Tensor& sin, const
 template <LaunchRotary launch>
 void rotary_qk_inplace(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                        const OptionalTensor& position_ids, const OptionalTensor& seqlen_offsets,
-                       const OptionalTensor& cu_seqlens, int64_t offset, int64_t mode) {
+                       const OptionalTensor& cu_seqlens, int64_t offset, int64_t flags) {
   const Tensor c = with_contiguous_last_dim(cos), s = with_contiguous_last_dim(sin);
-  RotaryArgs args = make_args(q, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, mode);
-  require_same_tokens(q, k, mode);
+  RotaryArgs args = make_args(q, c, s, position_ids, seqlen_offsets, cu_seqlens, offset, flags);
+  require_same_tokens(q, k, flags);
   require_writable(q);
   require_writable(k);
-  args.tensors[0] = describe(q, q, mode);
-  args.tensors[1] = describe(k, k, mode);
+  args.tensors[0] = describe(q, q, flags);
+  args.tensors[1] = describe(k, k, flags);
   args.ntensors = 2;
   launch(args, q);
 }
@@ -251,17 +251,17 @@ void rotary_qk_inplace(const Tensor& q, const Tensor& k, const Tensor& cos, cons
 template <LaunchRotary launch>
 Tensor rotary_kv_append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& cos, const Tensor& sin, const Tensor& cache_seqlens,
-                        const OptionalTensor& position_ids, int64_t mode) {
+                        const OptionalTensor& position_ids, int64_t flags) {
   require(q.dim() == 4 && cos.dim() == 2, "rotary: q must have 4 dimensions, and cos and sin 2");
   const Tensor q_in = with_contiguous_last_dim(q), k_in = with_contiguous_last_dim(k), v_in = with_contiguous_last_dim(v);
   const Tensor c = with_contiguous_last_dim(cos), s = with_contiguous_last_dim(sin);
   require(cache_seqlens.dim() == 1 && cache_seqlens.size(0) == q.size(0) && cache_seqlens.is_contiguous(),
           "rotary: cache_seqlens must be a contiguous (batch,)");
   const OptionalTensor offsets = position_ids.has_value() ? OptionalTensor{} : OptionalTensor{cache_seqlens};
-  RotaryArgs args = make_args(q_in, c, s, position_ids, offsets, OptionalTensor{}, 0, mode & ~int64_t{kConjugate});
-  require_same_tokens(q, k, mode);
-  require_same_tokens(q, v, mode);
-  const Axes axes(k, mode);
+  RotaryArgs args = make_args(q_in, c, s, position_ids, offsets, OptionalTensor{}, 0, flags & ~int64_t{kConjugate});
+  require_same_tokens(q, k, flags);
+  require_same_tokens(q, v, flags);
+  const Axes axes(k, flags);
   require(k.size(axes.nheads) == v.size(axes.nheads), "rotary: k and v must have the same shape");
   for (const Tensor* cache : {&k_cache, &v_cache}) {
     bool fits = cache->dim() == 4 && cache->scalar_type() == q.scalar_type() && Place(*cache) == Place(q) &&
@@ -273,9 +273,9 @@ Tensor rotary_kv_append(const Tensor& k_cache, const Tensor& v_cache, const Tens
   args.cache_seqlens = indices_of(cache_seqlens, Place(q), "rotary: cache_seqlens must be int32 or int64 on the device of q");
   args.cache_length = k_cache.size(axes.seqlen);
   Tensor q_out = empty_contiguous_like(q_in);
-  args.tensors[0] = describe(q_in, q_out, mode);
-  args.tensors[1] = describe(k_in, k_cache, mode, /*rotate=*/true, /*append=*/true);
-  args.tensors[2] = describe(v_in, v_cache, mode, /*rotate=*/false, /*append=*/true);
+  args.tensors[0] = describe(q_in, q_out, flags);
+  args.tensors[1] = describe(k_in, k_cache, flags, /*rotate=*/true, /*append=*/true);
+  args.tensors[2] = describe(v_in, v_cache, flags, /*rotate=*/false, /*append=*/true);
   args.ntensors = 3;
   launch(args, q_in);
   return q_out;

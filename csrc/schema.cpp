@@ -2,10 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 // Rotary. Tables are cos, sin of (max_position, rotary_dim / 2), or (1 or batch, seqlen, rotary_dim / 2) when already
-// gathered. `mode` is a sum of 1 (interleaved), 2 (heads first: batch, nheads, seqlen, head_dim) and 4 (the negative
+// gathered. `flags` is a sum of 1 (interleaved), 2 (heads first: batch, nheads, seqlen, head_dim) and 4 (the negative
 // angle): one int, since every bool of a schema costs a call 0.4 us.
 #define NEOX_ROTATION \
-  "Tensor cos, Tensor sin, Tensor? position_ids, Tensor? seqlen_offsets, Tensor? cu_seqlens, SymInt offset, int mode"
+  "Tensor cos, Tensor sin, Tensor? position_ids, Tensor? seqlen_offsets, Tensor? cu_seqlens, SymInt offset, int flags"
 
 STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("cpu_isa(str name) -> str");
@@ -19,5 +19,5 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("rotary_qk_(Tensor(a!) q, Tensor(b!) k, " NEOX_ROTATION ") -> ()");
   m.def(
       "rotary_kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
-      "Tensor cache_seqlens, Tensor? position_ids, int mode) -> Tensor");
+      "Tensor cache_seqlens, Tensor? position_ids, int flags) -> Tensor");
 }

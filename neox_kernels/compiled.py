@@ -68,9 +68,9 @@ def cpu_isa(name: str = "") -> str:
     return isa
 
 
-# The bits of the rotary ops' `mode` (csrc/rotary_ops.h).
+# The bits of the rotary ops' `flags` (csrc/rotary_ops.h).
 _INTERLEAVED, _HEADS_FIRST, _CONJUGATE = 1, 2, 4
-_MODES = {
+_FLAGS = {
     (interleaved, layout): _INTERLEAVED * interleaved + _HEADS_FIRST * (layout == "bhsd")
     for interleaved in (False, True)
     for layout in ("bshd", "bhsd")
@@ -99,10 +99,10 @@ def _rotation(
     layout: str,
 ) -> tuple[Any, ...]:
     """The arguments that every rotary op ends with."""
-    mode = _MODES[interleaved, layout]
+    flags = _FLAGS[interleaved, layout]
     if isinstance(seqlen_offsets, Tensor):
-        return cos, sin, position_ids, seqlen_offsets.contiguous(), cu_seqlens, 0, mode
-    return cos, sin, position_ids, None, cu_seqlens, seqlen_offsets or 0, mode
+        return cos, sin, position_ids, seqlen_offsets.contiguous(), cu_seqlens, 0, flags
+    return cos, sin, position_ids, None, cu_seqlens, seqlen_offsets or 0, flags
 
 
 def apply_rotary(
@@ -183,22 +183,22 @@ def apply_rotary_kv_append(
 ) -> Tensor:
     """See :func:`neox_kernels.apply_rotary_kv_append`."""
     q_out: Tensor = torch.ops.neox_kernels.rotary_kv_append.default(
-        k_cache, v_cache, q, k, v, cos, sin, cache_seqlens.contiguous(), position_ids, _MODES[interleaved, layout]
+        k_cache, v_cache, q, k, v, cos, sin, cache_seqlens.contiguous(), position_ids, _FLAGS[interleaved, layout]
     )
     _mark_written(k_cache, v_cache)
     return q_out
 
 
-# The gradient of a rotation is the rotation by the negative angle: each backward is the op in the conjugate mode.
+# The gradient of a rotation is the rotation by the negative angle: each backward is the op with that flag turned.
 
 
 def _save_rotation(ctx: Any, rotation: tuple[Any, ...]) -> None:
-    *tensors, ctx.offset, ctx.mode = rotation
+    *tensors, ctx.offset, ctx.flags = rotation
     ctx.save_for_backward(*tensors)
 
 
 def _negative_angle(ctx: Any) -> tuple[Any, ...]:
-    return *ctx.saved_tensors, ctx.offset, ctx.mode ^ _CONJUGATE
+    return *ctx.saved_tensors, ctx.offset, ctx.flags ^ _CONJUGATE
 
 
 def _rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

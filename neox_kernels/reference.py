@@ -27,7 +27,7 @@ def rotary_positions(
     """Positions of the tokens of ``x``, (batch or 1, seqlen) or (total,), and which are padding, (total,) or None."""
     if x.dim() == 4:
         if position_ids is not None:
-            return position_ids.reshape(-1, x.shape[1]).long(), None
+            return torch.atleast_2d(position_ids).long(), None
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if isinstance(seqlen_offsets, Tensor):
             return positions + seqlen_offsets[:, None], None
