@@ -94,9 +94,10 @@ struct RotaryToken {
     const int64_t b = args.cu_seqlens.data != nullptr ? 0 : batch;
     return {batch, index_at(args.position_ids, b * args.position_stride_batch + row * args.position_stride_seqlen), false};
   }
-  s += args.offset;
-  if (args.seqlen_offsets.data != nullptr) s += index_at(args.seqlen_offsets, batch);
-  return {batch, s, false};
+  // Added without a sign: an offset near the end of the range wraps to a position that is refused.
+  uint64_t position = static_cast<uint64_t>(s) + static_cast<uint64_t>(args.offset);
+  if (args.seqlen_offsets.data != nullptr) position += static_cast<uint64_t>(index_at(args.seqlen_offsets, batch));
+  return {batch, static_cast<int64_t>(position), false};
 }
 
 }  // namespace neox

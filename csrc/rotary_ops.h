@@ -135,6 +135,7 @@ inline RotaryArgs make_args(const Tensor& x, const Tensor& cos, const Tensor& si
                             const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens, int64_t offset,
                             int64_t flags) {
   require(x.dim() == 4 || x.dim() == 3, "rotary: x must have 3 or 4 dimensions");
+  require(flags >= 0 && flags < 8, "rotary: flags must be a sum of 1, 2 and 4");
   const Axes axes(x, flags);
   const Place place(x);
   const bool flat = axes.batch < 0;
@@ -157,6 +158,7 @@ inline RotaryArgs make_args(const Tensor& x, const Tensor& cos, const Tensor& si
   require(cos.dim() == 2 || !(flat || has_positions), "rotary: gathered cos and sin leave nothing to say of positions");
   require(!position_ids.has_value() || !(seqlen_offsets.has_value() || offset != 0),
           "rotary: position_ids and seqlen_offsets exclude each other");
+  require(!flat || !(flags & kHeadsFirst), "rotary: x of (total, nheads, head_dim) is never heads first");
   require(!flat || position_ids.has_value() || cu_seqlens.has_value(),
           "rotary: x of (total, nheads, head_dim) needs cu_seqlens or position_ids");
   if (position_ids.has_value()) {

@@ -69,7 +69,7 @@ def _require_tables(cos: object, sin: object) -> Tensor:
         raise TypeError(f"sin must be {dtype} like cos, not {sin.dtype}")
     if sin.device != cos.device:
         raise ValueError(f"sin must be on {cos.device} like cos, not on {sin.device}")
-    if cos.requires_grad or sin.requires_grad:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("cos and sin must not require a gradient: tables are constants here")
     return cos
 

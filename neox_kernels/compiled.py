@@ -120,11 +120,14 @@ def apply_rotary(
 ) -> Tensor:
     """See :func:`neox_kernels.apply_rotary`."""
     rotation = _rotation(cos, sin, position_ids, seqlen_offsets, cu_seqlens, interleaved, layout)
-    if inplace:
-        return _rotate_in_place(x, rotation)
     rotary = torch.ops.neox_kernels.rotary
-    y: Tensor = (rotary.default if _needs_grad(x, cos, sin) else rotary.inference)(x, *rotation)
-    return y
+    needs_grad = _needs_grad(x, cos, sin)
+    if inplace and not needs_grad:
+        torch.ops.neox_kernels.rotary_.default(x, *rotation)
+        _mark_written(x)
+        return x
+    y: Tensor = (rotary.default if needs_grad else rotary.inference)(x, *rotation)
+    return x.copy_(y) if inplace else y
 
 
 def apply_rotary_qk(
@@ -143,28 +146,15 @@ def apply_rotary_qk(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`neox_kernels.apply_rotary_qk`."""
     rotation = _rotation(cos, sin, position_ids, seqlen_offsets, cu_seqlens, interleaved, layout)
-    if inplace:
-        if _needs_grad(q, k):
-            # One at a time: autograd takes no Function that writes into two views.
-            return _rotate_in_place(q, rotation), _rotate_in_place(k, rotation)
+    rotary_qk = torch.ops.neox_kernels.rotary_qk
+    needs_grad = _needs_grad(q, k, cos, sin)
+    if inplace and not needs_grad:
         torch.ops.neox_kernels.rotary_qk_.default(q, k, *rotation)
         _mark_written(q, k)
         return q, k
-    rotary_qk = torch.ops.neox_kernels.rotary_qk
-    op = rotary_qk.default if _needs_grad(q, k, cos, sin) else rotary_qk.inference
-    result: tuple[Tensor, Tensor] = op(q, k, *rotation)
-    return result
-
-
-def _rotate_in_place(x: Tensor, rotation: tuple[Any, ...]) -> Tensor:
-    if not _needs_grad(x):
-        torch.ops.neox_kernels.rotary_.default(x, *rotation)
-        _mark_written(x)
-        return x
-    if torch.compiler.is_compiling():
-        return x.copy_(torch.ops.neox_kernels.rotary.default(x, *rotation))
-    result: Tensor = _RotaryInPlace.apply(x, *rotation)
-    return result
+    result: tuple[Tensor, Tensor] = (rotary_qk.default if needs_grad else rotary_qk.inference)(q, k, *rotation)
+    # autograd takes no library op that writes into its inputs, and copy_ knows every rule about views and leaves.
+    return (q.copy_(result[0]), k.copy_(result[1])) if inplace else result
 
 
 def apply_rotary_kv_append(
@@ -182,6 +172,8 @@ def apply_rotary_kv_append(
     layout: str = "bshd",
 ) -> Tensor:
     """See :func:`neox_kernels.apply_rotary_kv_append`."""
+    if _needs_grad(q, k, v, cos, sin, k_cache, v_cache):
+        raise ValueError("appending to a cache is for inference: no tensor may require a gradient")
     q_out: Tensor = torch.ops.neox_kernels.rotary_kv_append.default(
         k_cache, v_cache, q, k, v, cos, sin, cache_seqlens.contiguous(), position_ids, _FLAGS[interleaved, layout]
     )
@@ -192,7 +184,10 @@ def apply_rotary_kv_append(
 # The gradient of a rotation is the rotation by the negative angle: each backward is the op with that flag turned.
 
 
-def _save_rotation(ctx: Any, rotation: tuple[Any, ...]) -> None:
+def _save_rotation(ctx: Any, inputs: tuple[Any, ...], first: int) -> None:
+    rotation = inputs[first:]
+    if any(ctx.needs_input_grad[first : first + 2]):
+        raise ValueError("cos and sin must not require a gradient: tables are constants here")
     *tensors, ctx.offset, ctx.flags = rotation
     ctx.save_for_backward(*tensors)
 
@@ -218,53 +213,46 @@ def _rotary_qk_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tenso
     return dq, dk, *(None,) * 7
 
 
-class _RotaryInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *rotation: Any) -> Tensor:
-        _save_rotation(ctx, rotation)
-        torch.ops.neox_kernels.rotary_.default(x, *rotation)
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotary_backward(ctx, grads[0])
-
-
 def _register() -> None:
     library = torch.library
+
+    def same_place(*args: Any) -> None:
+        # A call with a meta tensor among real ones ends up here, where nothing would be computed.
+        places = {arg.device for arg in args if isinstance(arg, Tensor)}
+        if len(places) > 1:
+            raise ValueError(f"all tensors must be on one device, not on {', '.join(sorted(map(str, places)))}")
 
     @library.register_fake("neox_kernels::rotary")
     @library.register_fake("neox_kernels::rotary.inference")
     def _(x: Tensor, *rotation: Any) -> Tensor:
+        same_place(x, *rotation)
         return x.new_empty(x.shape)
 
     @library.register_fake("neox_kernels::rotary_qk")
     @library.register_fake("neox_kernels::rotary_qk.inference")
     def _(q: Tensor, k: Tensor, *rotation: Any) -> tuple[Tensor, Tensor]:
+        same_place(q, k, *rotation)
         return q.new_empty(q.shape), k.new_empty(k.shape)
 
     @library.register_fake("neox_kernels::rotary_")
-    def _(x: Tensor, *rotation: Any) -> None:
-        return None
-
     @library.register_fake("neox_kernels::rotary_qk_")
-    def _(q: Tensor, k: Tensor, *rotation: Any) -> None:
-        return None
+    def _(*args: Any) -> None:
+        same_place(*args)
 
     @library.register_fake("neox_kernels::rotary_kv_append")
     def _(k_cache: Tensor, v_cache: Tensor, q: Tensor, *rest: Any) -> Tensor:
+        same_place(k_cache, v_cache, q, *rest)
         return q.new_empty(q.shape)
 
     library.register_autograd(
         "neox_kernels::rotary",
         _rotary_backward,
-        setup_context=lambda ctx, inputs, output: _save_rotation(ctx, inputs[1:]),
+        setup_context=lambda ctx, inputs, output: _save_rotation(ctx, inputs, 1),
     )
     library.register_autograd(
         "neox_kernels::rotary_qk",
         _rotary_qk_backward,
-        setup_context=lambda ctx, inputs, output: _save_rotation(ctx, inputs[2:]),
+        setup_context=lambda ctx, inputs, output: _save_rotation(ctx, inputs, 2),
     )
 
 

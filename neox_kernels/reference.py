@@ -17,6 +17,13 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def raise_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
+    """Refuse sequence ends that are none. Reads the values: a sync on a GPU."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] > total or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must start at 0, never fall, and end at or below {total}, not be {ends}")
+
+
 def rotary_positions(
     x: Tensor,
     *,
@@ -62,16 +69,17 @@ def _gather(table: Tensor, positions: Tensor, padding: Tensor | None, pass_throu
     return rows if padding is None else rows.masked_fill(padding[..., None], pass_through)
 
 
-def rotary_range_error(positions: Tensor, padding: Tensor | None, max_position: int) -> str | None:
-    """What to raise for the first position outside the tables, or None. Reads the values: a sync on a GPU."""
+def raise_rotary_range(positions: Tensor, padding: Tensor | None, max_position: int) -> None:
+    """Refuse positions outside the tables. Reads the values: a sync on a GPU."""
     outside = (positions < 0) | (positions >= max_position)
     if padding is not None:
         outside &= ~padding
-    if not bool(outside.any()):
-        return None
-    where = tuple(int(i) for i in outside.nonzero()[0])
-    position = int(positions[where])
-    return f"position {position} of token {where} is outside the tables, which hold positions 0 to {max_position - 1}"
+    if bool(outside.any()):
+        where = tuple(int(i) for i in outside.nonzero()[0])
+        raise IndexError(
+            f"position {int(positions[where])} of token {where} is outside the tables, which hold positions 0 to "
+            f"{max_position - 1}"
+        )
 
 
 def _cos_sin(
@@ -84,14 +92,14 @@ def _cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """The tables' rows of every token, one head's axis inserted, in the dtype of the arithmetic."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if cu_seqlens is not None and x.device.type == "cpu":
+        raise_cu_seqlens(cu_seqlens, x.shape[0])
     if cos.dim() == 2:
         positions, padding = rotary_positions(
             x, position_ids=position_ids, seqlen_offsets=seqlen_offsets, cu_seqlens=cu_seqlens
         )
         if x.device.type == "cpu":
-            message = rotary_range_error(positions, padding, cos.shape[0])
-            if message is not None:
-                raise IndexError(message)
+            raise_rotary_range(positions, padding, cos.shape[0])
         cos, sin = _gather(cos, positions, padding, 1.0), _gather(sin, positions, padding, 0.0)
     return cos[..., None, :].to(compute), sin[..., None, :].to(compute)
 

@@ -193,7 +193,7 @@ void check_range(const RotaryArgs& args, int64_t rows) {
   if (args.cache_seqlens.data != nullptr) {
     for (int64_t b = 0; b < rows; ++b) {
       const int64_t used = index_at(args.cache_seqlens, b);
-      if (used < 0 || used + args.seqlen > args.cache_length) {
+      if (used < 0 || used > args.cache_length - args.seqlen) {
         throw std::out_of_range("cache_seqlens[" + std::to_string(b) + "] is " + std::to_string(used) + ", and " +
                                 std::to_string(args.seqlen) + " more tokens do not fit a cache of length " +
                                 std::to_string(args.cache_length));

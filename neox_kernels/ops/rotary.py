@@ -56,7 +56,7 @@ def apply_rotary(
     """
     try:
         serve, checks_itself = backends.select("apply_rotary", x.device.type, x.dtype)
-        if validate or not checks_itself:
+        if validate or max_seqlen is not None or not checks_itself:
             checks.require_rotary(
                 "x", x, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
             )
@@ -117,7 +117,7 @@ def apply_rotary_qk(
     """
     try:
         serve, checks_itself = backends.select("apply_rotary_qk", q.device.type, q.dtype)
-        if validate or not checks_itself:
+        if validate or max_seqlen is not None or not checks_itself:
             checks.require_rotary_qk(
                 q, k, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
             )
@@ -224,13 +224,13 @@ def _validate(
 ) -> None:
     if cos.dim() == 3:
         return
+    if cu_seqlens is not None:
+        reference.raise_cu_seqlens(cu_seqlens, x.shape[0])
     tokens_first = x.transpose(1, 2) if layout == "bhsd" else x
     positions, padding = reference.rotary_positions(
         tokens_first, position_ids=position_ids, seqlen_offsets=seqlen_offsets, cu_seqlens=cu_seqlens
     )
-    message = reference.rotary_range_error(positions, padding, cos.shape[0])
-    if message is not None:
-        raise IndexError(message)
+    reference.raise_rotary_range(positions, padding, cos.shape[0])
 
 
 def _validate_room(q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, layout: Layout) -> None:

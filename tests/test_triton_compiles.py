@@ -1,0 +1,133 @@
+"""The Triton kernels compiled for GPUs that this machine does not have: no spills, wide accesses, few instructions."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from neox_kernels.kernels import rotary  # noqa: E402 - not without triton
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+# nheads, head_dim, rotary_dim
+FULL, PYTHIA, NEOX, GPTJ = (16, 128, 128), (16, 128, 32), (64, 96, 24), (16, 256, 64)
+
+
+def compile_kernel(target: Any, args: dict[str, Any], constants: dict[str, Any]) -> Any:
+    """What a launch with these arguments compiles, for any target."""
+    kernel = rotary._rotary_kernel
+    signature, constexprs, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = constants[parameter.name] if parameter.is_constexpr else args[parameter.name]
+        specialised = isinstance(value, Tensor) or not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
+            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{DTYPES[value.dtype]}"
+            aligned = value.data_ptr() % 16 == 0
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = specialised and value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options={"num_warps": constants["num_warps"]})
+
+
+def plan(shape: tuple[int, int, int], dtype: torch.dtype, interleaved: bool, kind: str = "qk") -> Any:
+    nheads, head_dim, rotary_dim = shape
+    q, k, v = (torch.empty(2, 8, nheads, head_dim, dtype=dtype) for _ in range(3))
+    cos = torch.empty(64, rotary_dim // 2)
+    table = (cos, cos, None, None, 0, None, interleaved, False, False)
+    if kind == "kv_append":
+        used = torch.zeros(2, dtype=torch.int32)
+        cache = torch.empty(2, 32, nheads, head_dim, dtype=dtype)
+        table = (cos, cos, None, used, 0, None, interleaved, False, False)
+        return rotary.plan_launch((q, k, v), (torch.empty_like(q), cache, cache), table, used, 32)
+    if kind == "varlen":
+        table = (cos, cos, None, None, 0, torch.zeros(3, dtype=torch.int32), interleaved, False, True)
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        return rotary.plan_launch((q, k), (q, k), table)
+    return rotary.plan_launch((q, k), (torch.empty_like(q), torch.empty_like(k)), table)
+
+
+def run(tool: str, *words: object) -> str:
+    return subprocess.run([TOOLS / tool, *map(str, words)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "interleaved", "kind"),
+    [
+        (FULL, torch.bfloat16, False, "qk"),
+        (FULL, torch.bfloat16, True, "qk"),
+        (FULL, torch.float16, True, "kv_append"),
+        (FULL, torch.float32, False, "varlen"),
+        (PYTHIA, torch.float16, False, "qk"),
+        (NEOX, torch.bfloat16, False, "kv_append"),
+        (GPTJ, torch.bfloat16, True, "varlen"),
+    ],
+)
+def test_no_spills_and_wide_accesses(
+    arch: int, shape: tuple[int, int, int], dtype: torch.dtype, interleaved: bool, kind: str, tmp_path: Path
+) -> None:
+    _, args, constants = plan(shape, dtype, interleaved, kind)
+    kernel = compile_kernel(triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = run("cuobjdump", "-res-usage", cubin)
+    assert re.search(r"STACK:0 .*LOCAL:0\b", usage), usage
+    if shape != NEOX:  # half of 24 features is 24 bytes, so its accesses are of 8
+        stores = re.findall(r"st\.global\S*", kernel.asm["ptx"])
+        wide = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
+        assert stores and all(map(wide.search, stores)), stores
+        loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])
+        assert sum(bool(wide.search(load)) for load in loads) >= len(stores), loads
+    if (arch, kind, dtype) == (90, "qk", torch.bfloat16):
+        code = run("nvdisasm", "-c", cubin)
+        instructions = [i for i in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code) if i != "NOP"]
+        # q and k of all heads are one pass through the code.
+        elements = (
+            2 * constants["BLOCK_M"] * constants["BLOCK_H"] * constants["HEAD_DIM"] / (32 * constants["num_warps"])
+        )
+        assert constants["BLOCK_H"] == shape[0]
+        assert len(instructions) / elements <= 10
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_compiles_for_amd(interleaved: bool) -> None:
+    _, args, constants = plan(NEOX, torch.bfloat16, interleaved, "kv_append")
+    kernel = compile_kernel(triton.backends.compiler.GPUTarget("hip", "gfx942", 64), args, constants)
+    assert "s_endpgm" in kernel.asm["amdgcn"]
+
+
+def test_no_length_is_compiled_anew() -> None:
+    """Lengths are neither constants nor specialised, and no constant depends on one."""
+    plans = [plan(PYTHIA, torch.bfloat16, False)]
+    for seqlen in (1, 16, 17, 4096):
+        q = torch.empty(2, seqlen, 16, 128, dtype=torch.bfloat16)
+        cos = torch.empty(max(64, seqlen), 16)
+        plans.append(
+            rotary.plan_launch((q, q), (q.clone(), q.clone()), (cos, cos, None, None, 0, None, False, False, False))
+        )
+    assert all(constants == plans[0][2] for _, _, constants in plans)
+    specialised = [p.name for p in rotary._rotary_kernel.params if not p.is_constexpr and not p.do_not_specialize]
+    assert not [
+        name for name in specialised if not name.endswith("_ptr") and not name.startswith(("stride_", "nheads_"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nheads", "expected"),
+    [((16, 16), 16), ((12, 12), 4), ((32, 8), 8), ((64,), 16), ((71, 1), 8), ((5, 2), 1), ((1,), 1), ((71,), 8)],
+)
+def test_heads_of_a_block(nheads: tuple[int, ...], expected: int) -> None:
+    """At most an eighth of the rows of a block may be without a head."""
+    assert rotary.block_sizes(128, 128, nheads, 2)["BLOCK_H"] == expected
