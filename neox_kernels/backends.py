@@ -155,7 +155,18 @@ class Explanation(list[Choice]):
 
 
 def explain(op: str | None = None, device: str | None = None) -> Explanation:
-    """Say which backend serves every op (or one) on every device type (or one), and why each other does not."""
+    """Say which backend serves every op (or one) on every device type (or one), and why each other does not.
+
+    Args:
+        op: a name of ``backends.OPS``, such as "apply_rotary"; None for all.
+        device: a device type, such as "cuda"; None for "cpu" and "cuda".
+
+    Returns:
+        One :class:`Choice` for each op and device type, in a list that prints as text.
+
+    Raises:
+        ValueError: ``op`` is not known.
+    """
     if op is not None and op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, not {op!r}")
     rows = Explanation()

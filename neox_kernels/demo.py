@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -150,15 +151,14 @@ def race(before: Callable[[], Any], after: Callable[[], Any], seconds: float) ->
     """Median milliseconds of each, run in turns until the time is up, and three times anyhow."""
     taken: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
-    for turn in itertools.count(-1):
+    for turn in itertools.count(1):
         for call, times in zip((before, after), taken, strict=True):
             start = time.perf_counter()
             call()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            if turn >= 0:  # the first turn warms up
-                times.append(1e3 * (time.perf_counter() - start))
-        if turn >= 2 and time.perf_counter() > end:
+            times.append(1e3 * (time.perf_counter() - start))
+        if turn >= 3 and time.perf_counter() > end:
             break
     return statistics.median(taken[0]), statistics.median(taken[1])
 
@@ -195,6 +195,7 @@ def compare(stock: Any, scale: Scale) -> Result:
 def show(scale: Scale, as_json: bool) -> bool:
     """Run all of it and print it; whether the numbers kept to the policy."""
     transformers.logging.set_verbosity_error()
+    load = os.getloadavg()[0]
     results = []
     with Console(stderr=True).status("") as status:
         for dtype in (torch.float32, torch.bfloat16):
@@ -207,6 +208,8 @@ def show(scale: Scale, as_json: bool) -> bool:
         print(json.dumps(facts, indent=2))
     else:
         print_results(results, scale, choice)
+        if scale.device == "cpu" and load > 1:
+            print(f"Take the times with care: other programs were running (load average {load:.1f} at the start).")
     return all(result.within_policy for result in results)
 
 

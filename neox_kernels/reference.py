@@ -6,6 +6,8 @@ are differentiable by PyTorch itself.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def unavailable(device_type: str) -> str | None:
 def raise_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
     """Refuse sequence ends that are none. Reads the values: a sync on a GPU."""
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] > total or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] != 0 or ends[-1] > total or any(a > b for a, b in pairwise(ends)):
         raise ValueError(f"cu_seqlens must start at 0, never fall, and end at or below {total}, not be {ends}")
 
 

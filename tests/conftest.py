@@ -1,5 +1,4 @@
-"""What every test needs: the installed package is the one under test, fresh memory is poisoned, and GPU tests skip where
-there is no GPU."""
+"""What every test needs: the installed package under test, poisoned fresh memory, and no GPU tests without a GPU."""
 
 import sys
 from pathlib import Path

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from neox_kernels import apply_rotary, apply_rotary_kv_append, apply_rotary_qk, compiled, reference, rotary_tables
 from neox_kernels import use_backend as use
-from neox_kernels.testing import assert_within_budget, eager_rotary, poison_fresh_memory
-
-poison_fresh_memory()
+from neox_kernels.testing import assert_within_budget, eager_rotary
 
 COS, SIN = rotary_tables(16, 32)
 IDS = torch.tensor([[4, 0, 9, 9, 31], [7, 6, 5, 4, 3]])
+ENDS = torch.tensor([0, 3, 10])
 SHAPE = (2, 5, 3, 40)
 IN_PLACE = "inplace|in-place"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,45 +103,30 @@ def test_incoming_gradients_of_any_stride(case: str, dtype: torch.dtype, inplace
     check_gradient(x.grad, x, grad)
 
 
-@pytest.mark.parametrize("form", ["transposed", "packed", "expanded", "stride 2", "bhsd", "flat", "gathered"])
-def test_gradients_reach_inputs_of_any_stride(form: str) -> None:
-    options: dict[str, Any] = {"position_ids": IDS}
-    tables, swap = (COS, SIN), form == "bhsd"
-    if form == "transposed":
-        base, view = leaf(2, 3, 5, 40), lambda t: t.transpose(1, 2)
-    elif form == "packed":
-        base, view = leaf(2, 5, 3, 120), lambda t: t[..., 40:80]
-    elif form == "expanded":
-        base, view = leaf(2, 5, 1, 40), lambda t: t.expand(SHAPE)
-    elif form == "stride 2":
-        base, view = leaf(2, 5, 3, 80), lambda t: t[..., 1::2]
-    else:
-        base, view = leaf(*SHAPE), lambda t: t
-    if form == "bhsd":
-        options["layout"], view = "bhsd", lambda t: t.transpose(1, 2)
-    elif form == "flat":
-        options = {"position_ids": IDS.flatten(), "cu_seqlens": torch.tensor([0, 3, 10])}
-        view = lambda t: t.view(10, 3, 40)  # noqa: E731
-    elif form == "gathered":
-        options, tables = {}, (COS[IDS], SIN[IDS])
-    grad = randn(*SHAPE, seed=5)
-    y = apply_rotary(view(base), *tables, **options)
-    (y.transpose(1, 2) if swap else y.view(SHAPE)).backward(grad)
-    oracle = gradient(
-        lambda t: (view(t).transpose(1, 2) if swap else view(t)).reshape(SHAPE), base, eager_back(grad.double()).float()
-    )
-    wide = gradient(
-        lambda t: (view(t).transpose(1, 2) if swap else view(t)).reshape(SHAPE),
-        base.double(),
-        eager_back(grad.double()),
-    )
-    assert base.grad is not None
-    assert_within_budget(base.grad, oracle, wide, form)
+VIEWS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "transposed": ((2, 3, 5, 40), lambda t: t.transpose(1, 2)),
+    "packed": ((2, 5, 3, 120), lambda t: t[..., 40:80]),
+    "expanded": ((2, 5, 1, 40), lambda t: t.expand(SHAPE)),
+    "stride 2": ((2, 5, 3, 80), lambda t: t[..., 1::2]),
+}
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bshd": lambda x: apply_rotary(x, COS, SIN, position_ids=IDS),
+    "bhsd": lambda x: apply_rotary(x.transpose(1, 2), COS, SIN, position_ids=IDS, layout="bhsd").transpose(1, 2),
+    "flat": lambda x: apply_rotary(x.flatten(0, 1), COS, SIN, position_ids=IDS.flatten(), cu_seqlens=ENDS).view(SHAPE),
+    "gathered": lambda x: apply_rotary(x, COS[IDS], SIN[IDS]),
+}
 
 
-def eager_back(grad: Tensor) -> Tensor:
-    """The gradient of a rotation is the rotation by the negative angle."""
-    return eager_rotary(grad, COS[IDS].to(grad.dtype), -SIN[IDS].to(grad.dtype), False)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", VIEWS)
+def test_gradients_reach_inputs_of_any_stride(form: str, way: str) -> None:
+    shape, view = VIEWS[form]
+    base, grad = randn(*shape), randn(*SHAPE, seed=5)
+    ours = gradient(lambda t: WAYS[way](view(t)), base, grad)
+    eager = gradient(lambda t: eager_rotary(view(t), COS[IDS], SIN[IDS], False), base, grad)
+    wide = COS.double(), SIN.double()
+    oracle = gradient(lambda t: reference.apply_rotary(view(t), *wide, position_ids=IDS), base.double(), grad.double())
+    assert_within_budget(ours, eager, oracle, f"gradient of {form}")
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -249,3 +233,18 @@ def test_no_grad_and_inference_mode() -> None:
     with torch.no_grad():
         apply_rotary(x, COS, SIN, inplace=True)  # a leaf, where no gradient is recorded
     assert torch.equal(x, expected) and x.is_leaf
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_forward_mode_is_right_or_refused(inplace: bool) -> None:
+    """Never a tangent of zero: a caller would take it for the derivative."""
+    x, tangent = randn(*SHAPE), randn(*SHAPE, seed=1)
+
+    def f(t: Tensor) -> Tensor:
+        return apply_rotary(t * 1, COS, SIN, position_ids=IDS, inplace=inplace)
+
+    try:
+        y, derivative = torch.func.jvp(f, (x,), (tangent,))
+    except (NotImplementedError, RuntimeError):
+        return
+    assert torch.equal(y, f(x)) and torch.equal(derivative, f(tangent))

@@ -1,6 +1,5 @@
 """Bad input: refused by every backend with the argument's name, before anything is written; the raw ops never crash."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import neox_kernels
 from neox_kernels import apply_rotary, apply_rotary_kv_append, apply_rotary_qk, compiled, rotary_tables, use_backend
-from neox_kernels.testing import poison_fresh_memory
-
-poison_fresh_memory()
 
 COS, SIN = rotary_tables(16, 8)
 LONG = torch.tensor([0, 0])
@@ -271,7 +266,8 @@ HOSTILE = """
 import itertools, torch, neox_kernels
 cos, sin = neox_kernels.rotary_tables(16, 8)
 x, used, ids = torch.randn(2, 4, 3, 32), torch.tensor([0, 2]), torch.arange(4)
-tables, cache = (cos, sin), torch.zeros(2, 6, 3, 32)
+room = torch.zeros(4, 6, 3, 32)
+cache = room[1:3]  # with neighbours that see a write past its ends
 good = {
     "rotary": (x, cos, sin, ids, None, None, 0, 0), "rotary_": (x, cos, sin, None, used, None, 0, 0),
     "rotary_qk": (x, x.clone(), cos, sin, None, None, None, 0, 0),
@@ -288,29 +284,22 @@ for name, arguments in good.items():
     op = getattr(torch.ops.neox_kernels, name).default
     op(*arguments)
     for at, value in itertools.product(range(len(arguments)), bad):
-        kept = [(t, t.clone()) for t in (x, cos, sin, used, ids, cache)]
+        kept = [(t, t.clone()) for t in (x, cos, sin, used, ids, room)]
         try:
             op(*arguments[:at], value, *arguments[at + 1 :])
         except Exception as error:
             assert str(error), (name, at)
             assert all(torch.equal(t, old) for t, old in kept), ("written in spite of", name, at, error)
         else:
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                print("served, argument", at, "of", name, "on another device")
+            if isinstance(value, torch.Tensor) and (value.is_meta or value.numel() == 2 and value.abs().max() > 2**30):
+                print("served, argument", at, "of", name, "being", value)
 print("done")
 """
 
 
-def test_raw_ops_raise_and_never_crash(backend: str) -> None:
+def test_raw_ops_raise_and_never_crash(backend: str, tmp_path: Path) -> None:
     if backend != "compiled":
         pytest.skip("the raw ops are the compiled ones")
-    folder = str(Path(neox_kernels.__file__).parent.parent)
-    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", HOSTILE],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    # not in this folder, which Python would look for the package in
+    done = subprocess.run([sys.executable, "-c", HOSTILE], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "done\n", f"{done.returncode}\n{done.stdout}\n{done.stderr[-2000:]}"
