@@ -246,6 +246,7 @@ void rotary_qk_inplace(const Tensor& q, const Tensor& k, const Tensor& cos, cons
   require_writable(k);
   args.tensors[0] = describe(q, q, flags);
   args.tensors[1] = describe(k, k, flags);
+  require(args.tensors[0].out != args.tensors[1].out || q.numel() == 0, "rotary: q and k must not be the same memory");
   args.ntensors = 2;
   launch(args, q);
 }

@@ -217,6 +217,8 @@ def require_rotary_qk(
     k = _require_like_q("k", k, q, 1 if layout == "bhsd" or q.dim() == 3 else 2)
     if inplace:
         _require_writable("k", k)
+        if k is q:
+            raise ValueError("k must not be q itself when both are written")
 
 
 def require_kv_append(

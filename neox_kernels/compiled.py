@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -78,6 +79,8 @@ _FLAGS = {
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
+    if forward_ad._current_level >= 0:  # a library op would drop the tangents without a word
+        raise NotImplementedError("the compiled backend has no forward-mode derivative; use_backend('reference') has")
     return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 

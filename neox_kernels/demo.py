@@ -180,7 +180,7 @@ def compare(stock: Any, scale: Scale) -> Result:
     one_layer = race(*rotary_before_and_after(stock, batch), seconds=scale.seconds / 5)
     return Result(
         model="GPT-J" if isinstance(stock, transformers.GPTJForCausalLM) else "GPT-NeoX",
-        dtype=str(ours.dtype).removeprefix("torch."),
+        dtype=str(stock.dtype).removeprefix("torch."),
         difference=max_error(ours, theirs),
         stock_error=max_error(theirs, oracle),
         swapped_error=error,

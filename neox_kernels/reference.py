@@ -19,6 +19,11 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether values may be read: on a GPU that is a sync, and to torch.compile the end of the graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def raise_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
     """Refuse sequence ends that are none. Reads the values: a sync on a GPU."""
     ends = cu_seqlens.tolist()
@@ -94,13 +99,13 @@ def _cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """The tables' rows of every token, one head's axis inserted, in the dtype of the arithmetic."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if cu_seqlens is not None and x.device.type == "cpu":
+    if cu_seqlens is not None and _may_look(x):
         raise_cu_seqlens(cu_seqlens, x.shape[0])
     if cos.dim() == 2:
         positions, padding = rotary_positions(
             x, position_ids=position_ids, seqlen_offsets=seqlen_offsets, cu_seqlens=cu_seqlens
         )
-        if x.device.type == "cpu":
+        if _may_look(x):
             raise_rotary_range(positions, padding, cos.shape[0])
         cos, sin = _gather(cos, positions, padding, 1.0), _gather(sin, positions, padding, 0.0)
     return cos[..., None, :].to(compute), sin[..., None, :].to(compute)
@@ -181,7 +186,7 @@ def apply_rotary_kv_append(
     seqlen_dim = 2 if layout == "bhsd" else 1
     batch, seqlen, cache_length = q.shape[0], q.shape[seqlen_dim], k_cache.shape[seqlen_dim]
     start = cache_seqlens.long()
-    if q.device.type == "cpu" and batch and seqlen:
+    if _may_look(q) and batch and seqlen:
         for b, used in enumerate(start.tolist()):
             if used < 0 or used + seqlen > cache_length:
                 raise IndexError(

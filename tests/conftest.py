@@ -14,6 +14,8 @@ import torch
 from neox_kernels.testing import poison_fresh_memory
 
 poison_fresh_memory()
+# Small tensors only wait for a second thread, and on a busy machine for long; the tests of threads ask for their own.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 pytest.importorskip("typer")
 
-from click.testing import Result
 from typer.testing import CliRunner
 
 import neox_kernels
@@ -42,7 +41,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> Any:
     return CliRunner().invoke(cli._app(), list(arguments), terminal_width=200)
 
 

@@ -191,8 +191,9 @@ struct Plan {
   int copy_width;  // bytes of one access in copies; 0 where nothing is copied
 };
 
+// Seven blocks to a multiprocessor: without a number, ptxas spills a few bytes on sm_100 and sm_120 to fit in one more.
 template <class T, int kVec, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant__ RotaryArgs args, const Plan plan) {
+__global__ void __launch_bounds__(kThreads, 7) rotary_kernel(const __grid_constant__ RotaryArgs args, const Plan plan) {
   constexpr int kPairs = kPairsOf<kVec, kInterleaved>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   // The second and third dimensions of a grid end at 65535, so a larger batch takes both.
@@ -250,10 +251,10 @@ void launch_kernel(const RotaryArgs& args, int copy_width, int64_t nheads, cudaS
   const int64_t pairs = kPairsOf<kVec, kInterleaved>;
   const Plan plan{static_cast<int>(args.rotary_dim / 2 / pairs), copy_width};
   const int64_t rows = rows_of(args);
-  // A thread takes up to four heads of q, while enough threads remain for a large GPU: all that comes before the first head,
-  // its cos and sin among it, is then done for more of them.
+  // A thread takes heads of q until it has 32 pairs, while enough threads remain for a large GPU: all that comes before the
+  // first head, its cos and sin among it, is then done for more of them.
   const int64_t x = std::clamp<int64_t>(plan.pieces, 1, kThreads);
-  const int64_t share = std::clamp<int64_t>(rows * args.seqlen * x * nheads / 65536, 1, 4);
+  const int64_t share = std::clamp<int64_t>(rows * args.seqlen * x * nheads / 65536, 1, 32 / pairs);
   const int64_t y = std::clamp<int64_t>((nheads + share - 1) / share, 1, kThreads / x);
   const int64_t z = std::clamp<int64_t>(args.seqlen, 1, kThreads / (x * y));
   const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(std::min<int64_t>(z, 64)));

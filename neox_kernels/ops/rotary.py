@@ -49,8 +49,8 @@ def apply_rotary(
 
     Raises:
         ValueError, TypeError: ``rotary_dim > head_dim``, or shapes, dtypes or devices that do not go together.
-        IndexError: a position outside the tables. On a GPU this needs ``validate``; without it the token's rotated
-            features become NaN.
+        IndexError: a position outside the tables. On a GPU this needs ``validate``; without it, and in the reference
+            under torch.compile, the token's rotated features become NaN.
 
     Source: RoFormer, arXiv:2104.09864. Oracle: ``neox_kernels.reference.apply_rotary``.
     """
@@ -77,11 +77,14 @@ def apply_rotary(
         return result
     except Exception as error:
         refusal = error
-    # The compiled ops check for themselves, in nanoseconds; this says in words which argument they refused.
-    checks.require_rotary(
-        "x", x, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
-    )
-    raise refusal
+    try:
+        # The compiled ops check for themselves, in nanoseconds; this says in words which argument they refused.
+        checks.require_rotary(
+            "x", x, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
+        )
+        raise refusal
+    finally:
+        del refusal  # it holds this frame, which holds it
 
 
 def apply_rotary_qk(
@@ -139,11 +142,14 @@ def apply_rotary_qk(
         return result
     except Exception as error:
         refusal = error
-    # The compiled ops check for themselves, in nanoseconds; this says in words which argument they refused.
-    checks.require_rotary_qk(
-        q, k, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
-    )
-    raise refusal
+    try:
+        # The compiled ops check for themselves, in nanoseconds; this says in words which argument they refused.
+        checks.require_rotary_qk(
+            q, k, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
+        )
+        raise refusal
+    finally:
+        del refusal  # it holds this frame, which holds it
 
 
 def apply_rotary_kv_append(
@@ -210,8 +216,11 @@ def apply_rotary_kv_append(
         return result
     except Exception as error:
         refusal = error
-    checks.require_kv_append(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, interleaved, position_ids, layout)
-    raise refusal
+    try:
+        checks.require_kv_append(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, interleaved, position_ids, layout)
+        raise refusal
+    finally:
+        del refusal  # it holds this frame, which holds it
 
 
 def _validate(
