@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from neox_kernels.kernels.rotary import THREADS, Table, _rotary_kernel, plan_launch
@@ -105,33 +106,18 @@ class _RotaryQK(torch.autograd.Function):
         return dq, dk, *(None,) * 9
 
 
-class _RotaryInPlace(torch.autograd.Function):
-    """One tensor: autograd takes no Function that writes into two views."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *table: Any) -> Tensor:
-        _save_table(ctx, table)
-        _launch((x,), (x,), table)
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Rotary.apply(grads[0], *_negative_angle(ctx)), *(None,) * 9
-
-
 def _apply(inputs: tuple[Tensor, ...], table: Table, inplace: bool) -> tuple[Tensor, ...]:
-    needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
-    if not needs_grad:
+    if forward_ad._current_level >= 0:  # a launch would drop the tangents without a word
+        raise NotImplementedError("the triton backend has no forward-mode derivative; use_backend('reference') has")
+    if not (torch.is_grad_enabled() and any([x.requires_grad for x in inputs])):
         if not inplace:
             return _rotated(inputs, table)
         _launch(inputs, inputs, table)
         _mark_written(*inputs)
         return inputs
-    if inplace and not torch.compiler.is_compiling():
-        return tuple([_RotaryInPlace.apply(x, *table) for x in inputs])
-    outputs = _RotaryQK.apply(*inputs, *table) if len(inputs) == 2 else (_Rotary.apply(*inputs, *table),)
-    return tuple([x.copy_(y) for x, y in zip(inputs, outputs, strict=True)]) if inplace else outputs
+    outputs = (_Rotary.apply(*inputs, *table),) if len(inputs) == 1 else _RotaryQK.apply(*inputs, *table)
+    # copy_ knows every rule of autograd about writing into views and leaves.
+    return tuple(x.copy_(y) for x, y in zip(inputs, outputs, strict=True)) if inplace else outputs
 
 
 def _mark_written(*tensors: Tensor) -> None:

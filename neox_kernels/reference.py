@@ -96,8 +96,9 @@ def _cos_sin(
     position_ids: Tensor | None,
     seqlen_offsets: int | Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The tables' rows of every token, one head's axis inserted, in the dtype of the arithmetic."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """cos and sin of every token in the dtype of the arithmetic, and which tokens are padding, each with a heads axis."""
+    padding = None
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if cu_seqlens is not None and _may_look(x):
         raise_cu_seqlens(cu_seqlens, x.shape[0])
@@ -108,10 +109,11 @@ def _cos_sin(
         if _may_look(x):
             raise_rotary_range(positions, padding, cos.shape[0])
         cos, sin = _gather(cos, positions, padding, 1.0), _gather(sin, positions, padding, 0.0)
-    return cos[..., None, :].to(compute), sin[..., None, :].to(compute)
+    kept = None if padding is None else padding[..., None, None]
+    return cos[..., None, :].to(compute), sin[..., None, :].to(compute), kept
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, padding: Tensor | None, interleaved: bool) -> Tensor:
     rotary_dim = 2 * cos.shape[-1]
     turned, passed = x[..., :rotary_dim].to(cos.dtype), x[..., rotary_dim:]
     if interleaved:
@@ -120,7 +122,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     else:
         a, b = turned.chunk(2, dim=-1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+    y = torch.cat((turned.to(x.dtype), passed), dim=-1)
+    return y if padding is None else torch.where(padding, x, y)
 
 
 def apply_rotary(
@@ -138,8 +141,8 @@ def apply_rotary(
 ) -> Tensor:
     """See :func:`neox_kernels.apply_rotary`."""
     tokens_first = x.transpose(1, 2) if layout == "bhsd" else x
-    c, s = _cos_sin(tokens_first, cos, sin, position_ids, seqlen_offsets, cu_seqlens)
-    y = _rotate(tokens_first, c, s, interleaved)
+    c, s, padding = _cos_sin(tokens_first, cos, sin, position_ids, seqlen_offsets, cu_seqlens)
+    y = _rotate(tokens_first, c, s, padding, interleaved)
     if layout == "bhsd":
         y = y.transpose(1, 2)
     return x.copy_(y) if inplace else y.contiguous()
@@ -161,10 +164,10 @@ def apply_rotary_qk(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`neox_kernels.apply_rotary_qk`."""
     tokens_first = q.transpose(1, 2) if layout == "bhsd" else q
-    c, s = _cos_sin(tokens_first, cos, sin, position_ids, seqlen_offsets, cu_seqlens)
+    c, s, padding = _cos_sin(tokens_first, cos, sin, position_ids, seqlen_offsets, cu_seqlens)
     if layout == "bhsd":
         c, s = c.transpose(1, 2), s.transpose(1, 2)
-    q_out, k_out = _rotate(q, c, s, interleaved), _rotate(k, c, s, interleaved)
+    q_out, k_out = _rotate(q, c, s, padding, interleaved), _rotate(k, c, s, padding, interleaved)
     return (q.copy_(q_out), k.copy_(k_out)) if inplace else (q_out.contiguous(), k_out.contiguous())
 
 
