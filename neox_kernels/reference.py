@@ -97,7 +97,7 @@ def _cos_sin(
     seqlen_offsets: int | Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """cos and sin of every token in the dtype of the arithmetic, and which tokens are padding, each with a heads axis."""
+    """cos and sin of every token in the dtype of the arithmetic, and which are padding, each with a heads axis."""
     padding = None
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if cu_seqlens is not None and _may_look(x):
