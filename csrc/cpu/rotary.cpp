@@ -1,11 +1,13 @@
-// Rotary embedding on the CPU: q, k and v of one call, token by token. The work is memory traffic: every element is read
+// Rotary embedding on the CPU: q, k and v of one call, by blocks of tokens. The work is memory traffic: every element is read
 // once and written once, and cos and sin once per token.
 #include "cpu/vec.h"
 #include "rotary_args.h"
 
 namespace neox {
 
-// Rotates the tokens begin <= token < end; `scratch` holds 2 * rotary_dim floats.
+constexpr int64_t kBlockTokens = 16;
+
+// Rotates the tokens begin <= token < end; `scratch` holds kBlockTokens * 2 * rotary_dim floats.
 NEOX_DECLARE_PER_ISA(void rotate_tokens(const RotaryArgs& args, int64_t begin, int64_t end, float* scratch))
 
 namespace NEOX_CPU_ISA {
@@ -80,54 +82,80 @@ inline void rotate_pairs(const T* x, T* y, const float* c, const float* s, int64
   }
 }
 
-template <class T, bool interleaved>
-void rotate_heads(const RotaryArgs& args, const RotaryTensor& tensor, const T* x, T* y, int64_t rotary_dim, const float* c,
-                  const float* s) {
+template <class T>
+inline void rotate_head(const RotaryArgs& args, const T* x, T* y, int64_t rotary_dim, const float* c, const float* s) {
+  if (args.interleaved) {
+    rotate_pairs(x, y, c, s, rotary_dim);
+  } else {
+    rotate_half(x, y, c, s, rotary_dim / 2);
+  }
   const int64_t pass_bytes = (args.head_dim - rotary_dim) * static_cast<int64_t>(sizeof(T));
-  const bool copy = x != y && pass_bytes > 0;
-  for (int64_t head = 0; head < tensor.nheads; ++head) {
-    if (interleaved) {
-      rotate_pairs(x, y, c, s, rotary_dim);
-    } else {
-      rotate_half(x, y, c, s, rotary_dim / 2);
+  if (x != y && pass_bytes > 0) copy_bytes(y + rotary_dim, x + rotary_dim, pass_bytes);
+}
+
+// A token of the block that is being worked on, and its prepared cos and sin.
+struct BlockToken {
+  int64_t batch, row;
+  bool padding;
+};
+
+template <class T>
+void rotate_block(const RotaryArgs& args, const RotaryTensor& tensor, const BlockToken* tokens, int64_t ntokens,
+                  const float* rows) {
+  const T* x[kBlockTokens];
+  T* y[kBlockTokens];
+  int64_t rotary_dim[kBlockTokens];
+  for (int64_t i = 0; i < ntokens; ++i) {
+    const BlockToken& token = tokens[i];
+    const int64_t row_out = tensor.append ? token.row + index_at(args.cache_seqlens, token.batch) : token.row;
+    x[i] = static_cast<const T*>(tensor.in) + token.batch * tensor.in_stride_batch + token.row * tensor.in_stride_seqlen;
+    y[i] = static_cast<T*>(tensor.out) + token.batch * tensor.out_stride_batch + row_out * tensor.out_stride_seqlen;
+    rotary_dim[i] = tensor.rotate && !token.padding ? args.rotary_dim : 0;
+  }
+  const auto rotate = [&](int64_t i, int64_t head) {
+    const float* c = rows + i * 2 * args.rotary_dim;
+    rotate_head(args, x[i] + head * tensor.in_stride_head, y[i] + head * tensor.out_stride_head, rotary_dim[i], c,
+                c + args.rotary_dim);
+  };
+  // Heads that lie far apart fall on the same cache sets; with many of them it pays to write several tokens of one head
+  // before the next: 64 heads of 96 features took 1.5 times memcpy's time in place of 2.3. With few it is no gain.
+  if (tensor.nheads >= 32 && tensor.out_stride_seqlen < tensor.out_stride_head) {
+    for (int64_t head = 0; head < tensor.nheads; ++head) {
+      for (int64_t i = 0; i < ntokens; ++i) rotate(i, head);
     }
-    if (copy) copy_bytes(y + rotary_dim, x + rotary_dim, pass_bytes);
-    x += tensor.in_stride_head;
-    y += tensor.out_stride_head;
+  } else {
+    for (int64_t i = 0; i < ntokens; ++i) {
+      for (int64_t head = 0; head < tensor.nheads; ++head) rotate(i, head);
+    }
   }
 }
 
 template <class T>
-void rotate_range(const RotaryArgs& args, int64_t begin, int64_t end, float* c) {
-  float* s = c + args.rotary_dim;
+void rotate_range(const RotaryArgs& args, int64_t begin, int64_t end, float* rows) {
+  BlockToken tokens[kBlockTokens];
   int64_t batch = begin / args.seqlen, row = begin % args.seqlen;
-  for (int64_t i = begin; i < end; ++i) {
-    const RotaryToken token = locate_token(args, batch, row);
-    if (!token.padding) {
+  while (begin < end) {
+    const int64_t ntokens = end - begin < kBlockTokens ? end - begin : kBlockTokens;
+    for (int64_t i = 0; i < ntokens; ++i) {
+      const RotaryToken token = locate_token(args, batch, row);
+      tokens[i] = {batch, row, token.padding};
       const int64_t cos_at = token.batch * args.cos_stride_batch + token.position * args.cos_stride_position;
       const int64_t sin_at = token.batch * args.sin_stride_batch + token.position * args.sin_stride_position;
-      if (args.table_is_float32) {
+      float *c = rows + i * 2 * args.rotary_dim, *s = c + args.rotary_dim;
+      if (token.padding) {
+        // No table row: it is copied.
+      } else if (args.table_is_float32) {
         prepare_row(args, static_cast<const float*>(args.cos) + cos_at, static_cast<const float*>(args.sin) + sin_at, c, s);
       } else {
         prepare_row(args, static_cast<const T*>(args.cos) + cos_at, static_cast<const T*>(args.sin) + sin_at, c, s);
       }
-    }
-    for (int32_t t = 0; t < args.ntensors; ++t) {
-      const RotaryTensor& tensor = args.tensors[t];
-      const int64_t row_out = tensor.append ? row + index_at(args.cache_seqlens, batch) : row;
-      const T* x = static_cast<const T*>(tensor.in) + batch * tensor.in_stride_batch + row * tensor.in_stride_seqlen;
-      T* y = static_cast<T*>(tensor.out) + batch * tensor.out_stride_batch + row_out * tensor.out_stride_seqlen;
-      const int64_t rotary_dim = tensor.rotate && !token.padding ? args.rotary_dim : 0;
-      if (args.interleaved) {
-        rotate_heads<T, true>(args, tensor, x, y, rotary_dim, c, s);
-      } else {
-        rotate_heads<T, false>(args, tensor, x, y, rotary_dim, c, s);
+      if (++row == args.seqlen) {
+        row = 0;
+        ++batch;
       }
     }
-    if (++row == args.seqlen) {
-      row = 0;
-      ++batch;
-    }
+    for (int32_t t = 0; t < args.ntensors; ++t) rotate_block<T>(args, args.tensors[t], tokens, ntokens, rows);
+    begin += ntokens;
   }
 }
 
@@ -214,7 +242,8 @@ void launch(const RotaryArgs& args, const Tensor&) {
   const int64_t grain = elements < 32768 ? 32768 / elements : 1;
   const auto rotate = NEOX_SELECT_ISA(rotate_tokens);
   const auto work = [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(2 * args.rotary_dim));
+    const int64_t block = end - begin < kBlockTokens ? end - begin : kBlockTokens;
+    std::vector<float> scratch(static_cast<size_t>(block * 2 * args.rotary_dim));
     rotate(args, begin, end, scratch.data());
   };
   if (tokens <= grain) {
