@@ -31,7 +31,8 @@ def automatic() -> Iterator[None]:
 
 
 def served_by(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    return sys.modules[backends.select("apply_rotary", device, dtype)[0].__module__]
+    """The backend: the package that the implementation's file lies in."""
+    return sys.modules[backends.select("apply_rotary", device, dtype)[0].__module__.removesuffix(".rotary")]
 
 
 @needs_library
@@ -152,7 +153,7 @@ def call():
         return f"{type(error).__name__}: {error}"
     oracle = reference.apply_rotary(*to_float64((x, *tables)))
     assert_within_budget(y, eager_rotary(x, *(table[None, :5] for table in tables), False), oracle)
-    return backends.select("apply_rotary", "cpu", torch.float32)[0].__module__
+    return backends.select("apply_rotary", "cpu", torch.float32)[0].__module__.removesuffix(".rotary")
 for _ in range(2):
     first = call()
 (choice,) = explain("apply_rotary", "cpu")
@@ -191,7 +192,7 @@ def test_the_library_missing_or_broken(package: Path, library: Path, library_is:
     elif library_is == "good":
         if compiled.load_error is not None:
             pytest.skip(compiled.load_error)
-        shutil.copy(Path(compiled.__file__).parent / "_C.so", library)
+        shutil.copy(Path(compiled.__file__).parent.parent / "_C.so", library)
     code = CALLS + "result = [first, choice.backend, choice.reasons]"
     (module, backend, reasons), errors = run(package, code)
     ours = [line for line in errors.splitlines() if "neox_kernels" in line and "Warning" in line]

@@ -129,7 +129,7 @@ def test_wheel_works_outside_the_repository(library: Path, tmp_path: Path) -> No
     code = (
         "import json, neox_kernels, torch\n"
         "from neox_kernels import _build, compiled\n"
-        "torch.ops.load_library(compiled.__file__.replace('compiled.py', '_C.so'))\n"
+        "torch.ops.load_library(compiled.__file__.replace('compiled/__init__.py', '_C.so'))\n"
         "print(json.dumps([neox_kernels.__file__, _build.info(), _build.cpu()]))\n"
     )
     variables = environment(PYTHONPATH=str(library.parent.parent))

@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from neox_kernels import backends, checks, reference
+from neox_kernels import backends
+from neox_kernels.checks import rotary as checks
+from neox_kernels.reference import rotary as reference
 
 Layout = Literal["bshd", "bhsd"]
 

@@ -1,37 +1,21 @@
-"""Argument validation, once, above every backend.
-
-Every error names the argument, what it was and what it must be, and comes before anything is touched. What can only be
-known by reading values (positions) is checked by the backends.
-"""
+"""The arguments of the rotary ops."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-INTEGERS = frozenset({torch.int32, torch.int64})
+from neox_kernels.checks.common import (
+    FLOATS,
+    not_a_tensor,
+    require_flag,
+    require_indices,
+    require_int,
+    require_writable,
+    shape_of,
+)
+
 LAYOUTS = ("bshd", "bhsd")
-
-
-def _shape(x: Tensor) -> str:
-    return f"({', '.join(map(str, x.shape))})"
-
-
-def _not_a_tensor(name: str, value: object) -> NoReturn:
-    raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-
-
-def _require_flag(name: str, value: object) -> None:
-    if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, not {value!r}")
-
-
-def _require_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
 
 
 def _require_layout(layout: object) -> None:
@@ -39,29 +23,19 @@ def _require_layout(layout: object) -> None:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
 
 
-def _require_indices(name: str, value: object, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor):
-        _not_a_tensor(name, value)
-    if value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be int32 or int64, not {value.dtype}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device} like the activations, not on {value.device}")
-    return value
-
-
 def _require_tables(cos: object, sin: object) -> Tensor:
     """cos and sin: one shape, dtype and device, two or three dimensions, no gradient."""
     if not isinstance(cos, Tensor):
-        _not_a_tensor("cos", cos)
+        not_a_tensor("cos", cos)
     if not isinstance(sin, Tensor):
-        _not_a_tensor("sin", sin)
+        not_a_tensor("sin", sin)
     if cos.dim() not in (2, 3):
         raise ValueError(
             "cos must be (max_position, rotary_dim / 2), or (1 or batch, seqlen, rotary_dim / 2) when gathered, "
-            f"not of the shape {_shape(cos)}"
+            f"not of the shape {shape_of(cos)}"
         )
     if cos.shape != sin.shape:
-        raise ValueError(f"sin must have the shape of cos, {_shape(cos)}, not {_shape(sin)}")
+        raise ValueError(f"sin must have the shape of cos, {shape_of(cos)}, not {shape_of(sin)}")
     dtype = cos.dtype
     if dtype not in FLOATS:
         raise TypeError(f"cos must be of a floating dtype, not {dtype}")
@@ -76,12 +50,12 @@ def _require_tables(cos: object, sin: object) -> Tensor:
 
 def _require_activations(name: str, x: object, cos: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
-        _not_a_tensor(name, x)
+        not_a_tensor(name, x)
     dtype = x.dtype
     if dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {dtype}")
     if x.dim() not in (3, 4):
-        raise ValueError(f"{name} must have 3 or 4 dimensions, not the shape {_shape(x)}")
+        raise ValueError(f"{name} must have 3 or 4 dimensions, not the shape {shape_of(x)}")
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(
             f"rotary_dim must be at most the head_dim of {name}, {x.shape[-1]}, "
@@ -97,13 +71,13 @@ def _require_activations(name: str, x: object, cos: Tensor) -> Tensor:
 def _require_like_q(name: str, x: object, q: Tensor, heads_dim: int) -> Tensor:
     """k or v: the shape of q but for the number of heads."""
     if not isinstance(x, Tensor):
-        _not_a_tensor(name, x)
+        not_a_tensor(name, x)
     if x.shape != q.shape:
         expected = list(q.shape)
         if x.dim() == q.dim():
             expected[heads_dim] = x.shape[heads_dim]
         if list(x.shape) != expected:
-            raise ValueError(f"{name} must have the shape of q, {_shape(q)}, but for the heads, not {_shape(x)}")
+            raise ValueError(f"{name} must have the shape of q, {shape_of(q)}, but for the heads, not {shape_of(x)}")
     if x.dtype != q.dtype:
         raise TypeError(f"{name} must be {q.dtype} like q, not {x.dtype}")
     if x.device != q.device:
@@ -111,21 +85,13 @@ def _require_like_q(name: str, x: object, q: Tensor, heads_dim: int) -> Tensor:
     return x
 
 
-def _require_writable(name: str, x: Tensor) -> None:
-    strides, shape = x.stride(), x.shape
-    if shape[-1] > 1 and strides[-1] != 1:
-        raise ValueError(f"{name} must have a contiguous last dimension to be written, not the stride {strides[-1]}")
-    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
-        raise ValueError(f"{name} must not be an expanded tensor to be written: its strides are {strides}")
-
-
 def _require_position_ids(position_ids: object, batch: int, seqlen: int, flat: bool, device: torch.device) -> None:
-    ids = _require_indices("position_ids", position_ids, device)
+    ids = require_indices("position_ids", position_ids, device)
     shape = tuple(ids.shape)
     allowed = ((seqlen,),) if flat else ((seqlen,), (1, seqlen), (batch, seqlen))
     if shape not in allowed:
         shapes = " or ".join(str(one) for one in dict.fromkeys(allowed))
-        raise ValueError(f"position_ids must be of the shape {shapes}, not {_shape(ids)}")
+        raise ValueError(f"position_ids must be of the shape {shapes}, not {shape_of(ids)}")
 
 
 def require_rotary(
@@ -144,8 +110,8 @@ def require_rotary(
     """The arguments of :func:`neox_kernels.apply_rotary`; ``name`` is what messages call ``x``."""
     cos = _require_tables(cos, sin)
     x = _require_activations(name, x, cos)
-    _require_flag("interleaved", interleaved)
-    _require_flag("inplace", inplace)
+    require_flag("interleaved", interleaved)
+    require_flag("inplace", inplace)
     _require_layout(layout)
     device = x.device
     flat = x.dim() == 3
@@ -156,26 +122,26 @@ def require_rotary(
         if cu_seqlens is None and position_ids is None:
             raise ValueError(f"cu_seqlens or position_ids must be given for {name} of (total, nheads, head_dim)")
     if cu_seqlens is not None:
-        ends = _require_indices("cu_seqlens", cu_seqlens, device)
+        ends = require_indices("cu_seqlens", cu_seqlens, device)
         if not flat:
             raise ValueError(
-                f"cu_seqlens must be None for {name} of {_shape(x)}: it goes with (total, nheads, head_dim)"
+                f"cu_seqlens must be None for {name} of {shape_of(x)}: it goes with (total, nheads, head_dim)"
             )
         if ends.dim() != 1 or ends.shape[0] < 1 or not ends.is_contiguous():
-            raise ValueError(f"cu_seqlens must be a contiguous (batch + 1,), not of the shape {_shape(ends)}")
+            raise ValueError(f"cu_seqlens must be a contiguous (batch + 1,), not of the shape {shape_of(ends)}")
         batch = ends.shape[0] - 1
     if position_ids is not None:
         if seqlen_offsets is not None:
             raise ValueError("seqlen_offsets must be None when position_ids are given: each says all of the positions")
         _require_position_ids(position_ids, batch, seqlen, flat, device)
     if isinstance(seqlen_offsets, Tensor):
-        offsets = _require_indices("seqlen_offsets", seqlen_offsets, device)
+        offsets = require_indices("seqlen_offsets", seqlen_offsets, device)
         if tuple(offsets.shape) != (batch,):
-            raise ValueError(f"seqlen_offsets must be an int or of the shape ({batch},), not {_shape(offsets)}")
+            raise ValueError(f"seqlen_offsets must be an int or of the shape ({batch},), not {shape_of(offsets)}")
     elif seqlen_offsets is not None:
-        _require_int("seqlen_offsets", seqlen_offsets)
+        require_int("seqlen_offsets", seqlen_offsets)
     if max_seqlen is not None:
-        _require_int("max_seqlen", max_seqlen)
+        require_int("max_seqlen", max_seqlen)
     if cos.dim() == 3:
         if flat or position_ids is not None or seqlen_offsets is not None:
             raise ValueError(
@@ -183,7 +149,7 @@ def require_rotary(
                 "and without position_ids, seqlen_offsets and cu_seqlens"
             )
         if cos.shape[1] != seqlen or cos.shape[0] not in (1, batch):
-            raise ValueError(f"gathered cos must be ({batch} or 1, {seqlen}, rotary_dim / 2), not {_shape(cos)}")
+            raise ValueError(f"gathered cos must be ({batch} or 1, {seqlen}, rotary_dim / 2), not {shape_of(cos)}")
     elif position_ids is None and not isinstance(seqlen_offsets, Tensor):
         # Known from shapes alone, so said on every device.
         first = seqlen_offsets or 0
@@ -195,7 +161,7 @@ def require_rotary(
                 f"which hold positions 0 to {cos.shape[0] - 1}"
             )
     if inplace:
-        _require_writable(name, x)
+        require_writable(name, x)
 
 
 def require_rotary_qk(
@@ -216,7 +182,7 @@ def require_rotary_qk(
     assert isinstance(q, Tensor)
     k = _require_like_q("k", k, q, 1 if layout == "bhsd" or q.dim() == 3 else 2)
     if inplace:
-        _require_writable("k", k)
+        require_writable("k", k)
         if k is q:
             raise ValueError("k must not be q itself when both are written")
 
@@ -237,37 +203,39 @@ def require_kv_append(
     """The arguments of :func:`neox_kernels.apply_rotary_kv_append`."""
     cos = _require_tables(cos, sin)
     if cos.dim() != 2:
-        raise ValueError(f"cos must be (max_position, rotary_dim / 2), not of the shape {_shape(cos)}")
+        raise ValueError(f"cos must be (max_position, rotary_dim / 2), not of the shape {shape_of(cos)}")
     q = _require_activations("q", q, cos)
     if q.dim() != 4:
-        raise ValueError(f"q must be (batch, seqlen, nheads, head_dim), not of the shape {_shape(q)}")
-    _require_flag("interleaved", interleaved)
+        raise ValueError(f"q must be (batch, seqlen, nheads, head_dim), not of the shape {shape_of(q)}")
+    require_flag("interleaved", interleaved)
     _require_layout(layout)
     heads_dim, seqlen_dim = (1, 2) if layout == "bhsd" else (2, 1)
     k = _require_like_q("k", k, q, heads_dim)
     v = _require_like_q("v", v, q, heads_dim)
     if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {_shape(k)}, not {_shape(v)}")
+        raise ValueError(f"v must have the shape of k, {shape_of(k)}, not {shape_of(v)}")
     caches = []
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(cache, Tensor):
-            _not_a_tensor(name, cache)
+            not_a_tensor(name, cache)
         expected = list(k.shape)
         if cache.dim() == 4:
             expected[seqlen_dim] = cache.shape[seqlen_dim]
         if list(cache.shape) != expected:
-            raise ValueError(f"{name} must have the shape of k, {_shape(k)}, but for its length, not {_shape(cache)}")
+            raise ValueError(
+                f"{name} must have the shape of k, {shape_of(k)}, but for its length, not {shape_of(cache)}"
+            )
         if cache.dtype != q.dtype:
             raise TypeError(f"{name} must be {q.dtype} like q, not {cache.dtype}")
         if cache.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, not on {cache.device}")
-        _require_writable(name, cache)
+        require_writable(name, cache)
         caches.append(cache)
     if caches[0].shape != caches[1].shape:
-        raise ValueError(f"v_cache must have the shape of k_cache, {_shape(caches[0])}, not {_shape(caches[1])}")
-    used = _require_indices("cache_seqlens", cache_seqlens, q.device)
+        raise ValueError(f"v_cache must have the shape of k_cache, {shape_of(caches[0])}, not {shape_of(caches[1])}")
+    used = require_indices("cache_seqlens", cache_seqlens, q.device)
     if tuple(used.shape) != (q.shape[0],):
-        raise ValueError(f"cache_seqlens must be of the shape ({q.shape[0]},), not {_shape(used)}")
+        raise ValueError(f"cache_seqlens must be of the shape ({q.shape[0]},), not {shape_of(used)}")
     if position_ids is not None:
         _require_position_ids(position_ids, q.shape[0], q.shape[seqlen_dim], False, q.device)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *caches)):

@@ -1,8 +1,4 @@
-"""Every op in plain PyTorch: the oracle of the tests, the fallback of every machine, the definition in the docs.
-
-All arithmetic is in float32, or in float64 for float64 inputs. Functions have the signatures of the public ones, and
-are differentiable by PyTorch itself.
-"""
+"""Rotary embedding in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,13 +6,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-def unavailable(device_type: str) -> str | None:
-    """Why this backend cannot serve a device; the reference serves every one."""
-    return None
 
 
 def _may_look(x: Tensor) -> bool:

@@ -1,0 +1,47 @@
+"""What the checks of every op are made of."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+INTEGERS = frozenset({torch.int32, torch.int64})
+
+
+def shape_of(x: Tensor) -> str:
+    return f"({', '.join(map(str, x.shape))})"
+
+
+def not_a_tensor(name: str, value: object) -> NoReturn:
+    raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def require_flag(name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def require_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+
+
+def require_indices(name: str, value: object, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        not_a_tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be int32 or int64, not {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the activations, not on {value.device}")
+    return value
+
+
+def require_writable(name: str, x: Tensor) -> None:
+    strides, shape = x.stride(), x.shape
+    if shape[-1] > 1 and strides[-1] != 1:
+        raise ValueError(f"{name} must have a contiguous last dimension to be written, not the stride {strides[-1]}")
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
+        raise ValueError(f"{name} must not be an expanded tensor to be written: its strides are {strides}")

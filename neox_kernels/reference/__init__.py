@@ -1,0 +1,20 @@
+"""Every op in plain PyTorch: the oracle of the tests, the fallback of every machine, the definition in the docs.
+
+All arithmetic is in float32, or in float64 for float64 inputs. Functions have the signatures of the public ones, and
+are differentiable by PyTorch itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neox_kernels.reference.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+
+__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "unavailable"]
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why this backend cannot serve a device; the reference serves every one."""
+    return None
