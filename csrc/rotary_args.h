@@ -1,17 +1,8 @@
-// What one rotary launch needs, in plain C++: the CPU kernels, built once per instruction set without any torch header,
-// and the CUDA kernels both take it.
+// What one rotary launch needs.
 #pragma once
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define NEOX_HOST_DEVICE __host__ __device__
-#else
-#define NEOX_HOST_DEVICE
-#endif
+#include "args.h"
 
 namespace neox {
-
-enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 // One of q, k, v: where it is read and where it is written. Strides are in elements; the last dimension is contiguous.
 struct RotaryTensor {
@@ -22,12 +13,6 @@ struct RotaryTensor {
   int64_t nheads;
   bool rotate;  // false: copied as it is (v on its way into the cache)
   bool append;  // true: written cache_seqlens[batch] rows further down
-};
-
-// A tensor of int32 or int64, or none.
-struct Indices {
-  const void* data;
-  bool is_int64;
 };
 
 struct RotaryArgs {
@@ -58,14 +43,6 @@ struct RotaryArgs {
   bool interleaved;
   bool conjugate;  // rotate by the negative angle: the backward
 };
-
-// The functions below are static: each instruction set keeps its own copy, so that the linker cannot serve an
-// old processor the copy that was compiled for a new one.
-
-[[maybe_unused]] static inline NEOX_HOST_DEVICE int64_t index_at(const Indices& indices, int64_t i) {
-  return indices.is_int64 ? static_cast<const int64_t*>(indices.data)[i]
-                          : static_cast<int64_t>(static_cast<const int32_t*>(indices.data)[i]);
-}
 
 struct RotaryToken {
   int64_t batch, position;

@@ -3,78 +3,24 @@
 // one of these refuses is more detailed.
 #pragma once
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "rotary_args.h"
+#include "tensors.h"
 
 namespace neox {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using LaunchRotary = void (*)(const RotaryArgs&, const Tensor& like);
 
 // The bits of a schema's `flags`.
 enum RotaryFlags : int64_t { kInterleaved = 1, kHeadsFirst = 2, kConjugate = 4 };
-
-// std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError.
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-struct Place {
-  int32_t type, index;
-  explicit Place(const Tensor& x) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
-  }
-  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
-};
-
-inline Tensor empty_contiguous_like(const Tensor& x) {
-  // The C function behind torch::stable::empty_like, without a second trip through the dispatcher (1 us).
-  const auto sizes = x.sizes();
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  int64_t strides[4], stride = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  const Place place(x);
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, place.type, place.index, &handle));
-  return Tensor(handle);
-}
-
-inline bool last_dim_is_contiguous(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return last < 0 || x.size(last) <= 1 || x.stride(last) == 1;
-}
-
-inline Tensor with_contiguous_last_dim(const Tensor& x) {
-  return last_dim_is_contiguous(x) ? x : torch::stable::contiguous(x);
-}
 
 inline void require_writable(const Tensor& x) {
   require(last_dim_is_contiguous(x), "rotary: what is written must have a contiguous last dimension");
   for (int64_t d = 0; d < x.dim(); ++d) {
     require(x.stride(d) != 0 || x.size(d) <= 1, "rotary: what is written must not be an expanded tensor");
   }
-}
-
-inline Indices indices_of(const Tensor& x, const Place& place, const char* message) {
-  const ScalarType type = x.scalar_type();
-  require((type == ScalarType::Long || type == ScalarType::Int) && Place(x) == place, message);
-  return {x.const_data_ptr(), type == ScalarType::Long};
 }
 
 // The dimensions of x that count sequences (-1: none), tokens and heads.
@@ -141,11 +87,7 @@ inline RotaryArgs make_args(const Tensor& x, const Tensor& cos, const Tensor& si
   const bool flat = axes.batch < 0;
   RotaryArgs args{};
   const ScalarType type = x.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-          "rotary: x must be float32, bfloat16 or float16");
-  args.dtype = type == ScalarType::Float      ? Dtype::kFloat32
-               : type == ScalarType::BFloat16 ? Dtype::kBFloat16
-                                              : Dtype::kFloat16;
+  args.dtype = dtype_of(type, "rotary: x must be float32, bfloat16 or float16");
   args.batch = flat ? 1 : x.size(axes.batch);
   args.seqlen = x.size(axes.seqlen);
   args.head_dim = x.size(x.dim() - 1);
