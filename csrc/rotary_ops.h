@@ -16,13 +16,6 @@ using LaunchRotary = void (*)(const RotaryArgs&, const Tensor& like);
 // The bits of a schema's `flags`.
 enum RotaryFlags : int64_t { kInterleaved = 1, kHeadsFirst = 2, kConjugate = 4 };
 
-inline void require_writable(const Tensor& x) {
-  require(last_dim_is_contiguous(x), "rotary: what is written must have a contiguous last dimension");
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    require(x.stride(d) != 0 || x.size(d) <= 1, "rotary: what is written must not be an expanded tensor");
-  }
-}
-
 // The dimensions of x that count sequences (-1: none), tokens and heads.
 struct Axes {
   int64_t batch, seqlen, nheads;

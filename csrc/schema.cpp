@@ -7,6 +7,11 @@
 #define NEOX_ROTATION \
   "Tensor cos, Tensor sin, Tensor? position_ids, Tensor? seqlen_offsets, Tensor? cu_seqlens, SymInt offset, int flags"
 
+// Causal softmax. rng is (2,) int64, seed and offset. `flags` is a sum of 1 (causal) and 2, 4 or 6 (the result in float32,
+// bfloat16 or float16, else in the dtype of the scores); in the backward also 8 (give the row sums).
+#define NEOX_SOFTMAX \
+  "float scale, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? head_mask, Tensor? rng, float dropout_p, int flags"
+
 STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("cpu_isa(str name) -> str");
 
@@ -20,4 +25,12 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def(
       "rotary_kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
       "Tensor cache_seqlens, Tensor? position_ids, int flags) -> Tensor");
+
+  // The second result is for the backward: the probabilities before head mask and dropout, where there are such.
+  m.def("causal_softmax(Tensor scores, " NEOX_SOFTMAX ") -> (Tensor, Tensor)");
+  m.def("causal_softmax.inference(Tensor scores, " NEOX_SOFTMAX ") -> Tensor");
+  m.def("causal_softmax_(Tensor(a!) scores, " NEOX_SOFTMAX ") -> ()");
+  m.def(
+      "causal_softmax_backward(Tensor grad, Tensor probs, float scale, Tensor? head_mask, Tensor? rng, float dropout_p, "
+      "int flags) -> (Tensor, Tensor)");
 }

@@ -82,6 +82,13 @@ inline Tensor with_contiguous_last_dim(const Tensor& x) {
   return last_dim_is_contiguous(x) ? x : torch::stable::contiguous(x);
 }
 
+inline void require_writable(const Tensor& x) {
+  require(last_dim_is_contiguous(x), "what is written must have a contiguous last dimension");
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    require(x.stride(d) != 0 || x.size(d) <= 1, "what is written must not be an expanded tensor");
+  }
+}
+
 inline Dtype dtype_of(ScalarType type, const char* message) {
   require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, message);
   return type == ScalarType::Float      ? Dtype::kFloat32

@@ -10,6 +10,7 @@ from neox_kernels import backends
 from neox_kernels.backends import explain, use_backend
 from neox_kernels.nn import RotaryEmbedding
 from neox_kernels.ops.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.ops.softmax import causal_softmax
 from neox_kernels.ops.tables import rotary_tables
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_kv_append",
     "apply_rotary_qk",
+    "causal_softmax",
     "explain",
     "restore",
     "rotary_tables",

@@ -21,7 +21,7 @@ MODULES = {
     "triton": "neox_kernels.kernels",
     "reference": "neox_kernels.reference",
 }
-OPS = ("apply_rotary", "apply_rotary_qk", "apply_rotary_kv_append")
+OPS = ("apply_rotary", "apply_rotary_qk", "apply_rotary_kv_append", "causal_softmax")
 DEVICES = ("cpu", "cuda")
 
 Implementation = Callable[..., Any]

@@ -10,6 +10,7 @@ import torch
 
 from neox_kernels.compiled.library import build_config, load_error
 from neox_kernels.compiled.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.compiled.softmax import causal_softmax
 
 __all__ = [
     "CHECKS_ITSELF",
@@ -18,6 +19,7 @@ __all__ = [
     "apply_rotary_kv_append",
     "apply_rotary_qk",
     "build_config",
+    "causal_softmax",
     "cpu_isa",
     "load_error",
     "unavailable",

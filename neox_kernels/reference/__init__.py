@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from neox_kernels.reference.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.reference.softmax import causal_softmax
 
-__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "unavailable"]
+__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "causal_softmax", "unavailable"]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
