@@ -11,6 +11,7 @@
 // bfloat16 or float16, else in the dtype of the scores); in the backward also 8 (give the row sums).
 #define NEOX_SOFTMAX \
   "float scale, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? head_mask, Tensor? rng, float dropout_p, int flags"
+#define NEOX_SOFTMAX_BACKWARD "float scale, Tensor? head_mask, Tensor? rng, float dropout_p, int flags"
 
 STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("cpu_isa(str name) -> str");
@@ -30,7 +31,6 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("causal_softmax(Tensor scores, " NEOX_SOFTMAX ") -> (Tensor, Tensor)");
   m.def("causal_softmax.inference(Tensor scores, " NEOX_SOFTMAX ") -> Tensor");
   m.def("causal_softmax_(Tensor(a!) scores, " NEOX_SOFTMAX ") -> ()");
-  m.def(
-      "causal_softmax_backward(Tensor grad, Tensor probs, float scale, Tensor? head_mask, Tensor? rng, float dropout_p, "
-      "int flags) -> (Tensor, Tensor)");
+  m.def("causal_softmax_backward(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
+  m.def("causal_softmax_backward.inference(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
 }

@@ -208,6 +208,7 @@ void register_softmax(torch::stable::detail::StableLibrary& m) {
   m.impl("causal_softmax.inference", TORCH_BOX(&softmax_inference<forward>));
   m.impl("causal_softmax_", TORCH_BOX(&softmax_inplace<forward>));
   m.impl("causal_softmax_backward", TORCH_BOX(&softmax_backward<backward>));
+  m.impl("causal_softmax_backward.inference", TORCH_BOX(&softmax_backward<backward>));
 }
 
 }  // namespace neox

@@ -1,4 +1,4 @@
-"""Fused kernels for GPT-NeoX and GPT-J: rotary embedding on CPU and GPU, and the swap into models that people have."""
+"""Fused kernels for GPT-NeoX and GPT-J: rotary embedding, causal softmax, and the swap into models that people have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from neox_kernels import backends
 from neox_kernels.backends import explain, use_backend
-from neox_kernels.nn import RotaryEmbedding
+from neox_kernels.nn import FusedCausalSoftmax, RotaryEmbedding
 from neox_kernels.ops.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.ops.softmax import causal_softmax
 from neox_kernels.ops.tables import rotary_tables
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedCausalSoftmax",
     "RotaryEmbedding",
     "apply_rotary",
     "apply_rotary_kv_append",

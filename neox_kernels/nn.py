@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_kernels.ops.rotary import Layout, apply_rotary_qk
+from neox_kernels.ops.softmax import causal_softmax
 from neox_kernels.ops.tables import check_scaling, rotary_tables
 
 
@@ -126,3 +127,52 @@ class RotaryEmbedding(nn.Module):
             return self.max_position
         largest = int(values.max()) if values.numel() else 0
         return largest + (1 if position_ids is not None else seqlen)
+
+
+class FusedCausalSoftmax(nn.Module):
+    """Causal softmax of attention scores, with dropout while training.
+
+    Args:
+        scale, causal, dropout_p, dtype: see :func:`neox_kernels.causal_softmax`.
+    """
+
+    def __init__(
+        self,
+        scale: float = 1.0,
+        *,
+        causal: bool = True,
+        dropout_p: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout_p <= 1:
+            raise ValueError(f"dropout_p must be between 0 and 1, not {dropout_p}")
+        self.scale = scale
+        self.causal = causal
+        self.dropout_p = dropout_p
+        self.dtype = dtype
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, causal={self.causal}, dropout_p={self.dropout_p}, dtype={self.dtype}"
+
+    def forward(
+        self,
+        scores: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Probabilities of ``scores``; arguments and result as for :func:`neox_kernels.causal_softmax`."""
+        return causal_softmax(
+            scores,
+            scale=self.scale,
+            causal=self.causal,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            head_mask=head_mask,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            inplace=inplace,
+            dtype=self.dtype,
+        )

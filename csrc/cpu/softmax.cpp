@@ -35,17 +35,25 @@ float largest(const T* x, int64_t n, float scale) {
   return max(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
-// e = exp(x * scale - most), and their sum: by vectors within a block, across blocks in double.
 template <class T>
-double exponentials(const T* x, float* e, int64_t n, float scale, float most) {
+void store_shifted(const T* x, float* out, int64_t n, float scale, float most) {
+  const Vec s = broadcast(scale), m = broadcast(most);
+  for_vectors(n, [&](int64_t i, int64_t count) {
+    store_some(out + i, sub(mul(load_some(x + i, count), s), m), count);
+  });
+}
+
+// e = 2^(x * scale - shift), and their sum: by vectors within a block, across blocks in double.
+template <class T>
+double powers(const T* x, float* e, int64_t n, float scale, float shift) {
   constexpr int64_t kBlock = 2048;
-  const Vec s = broadcast(scale), m = broadcast(most), zero = broadcast(0.0f);
+  const Vec s = broadcast(scale), m = broadcast(shift), zero = broadcast(0.0f);
   double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
     Vec part = zero;
     for_vectors(n - block < kBlock ? n - block : kBlock, [&](int64_t j, int64_t count) {
       const int64_t i = block + j;
-      const Vec power = first_of(exponential(mul_sub(load_some(x + i, count), s, m)), count, zero);
+      const Vec power = first_of(exp2(mul_sub(load_some(x + i, count), s, m)), count, zero);
       store_some(e + i, power, count);
       part = add(part, power);
     });
@@ -92,15 +100,35 @@ void store_gradient(const G* g, const P* p, Out* out, int64_t n, float dot, floa
   });
 }
 
+// e = exp(x * scale - most), and their sum.
+template <class T>
+double exponentials(const T* x, float* e, int64_t n, float scale, float most) {
+  // One fused operation rounds the maximum and its own element apart. That is a factor of the whole row, unless the maximum
+  // is so large (the lowest number of a mask, say) that the two differ by more than any exponential bears.
+  constexpr float kLargestFused = 65536.0f;
+  if (most < kLargestFused && most > -kLargestFused) return powers(x, e, n, scale * kLog2E, most * kLog2E);
+  store_shifted(x, e, n, scale, most);
+  return powers(e, e, n, kLog2E, 0.0f);
+}
+
 template <class T>
 void fill_zero(T* out, int64_t n) {
   if (n > 0) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(T));
 }
 
+// Where a row lies; the next one is found by counting, since three divisions cost as much as a short row.
 struct Row {
-  int64_t b, h, q;
-  explicit Row(const SoftmaxArgs& args, int64_t row)
-      : b(row / (args.nheads * args.q_len)), h(row / args.q_len % args.nheads), q(row % args.q_len) {}
+  int64_t index, b, h, q;
+  Row(const SoftmaxArgs& args, int64_t row)
+      : index(row), b(row / (args.nheads * args.q_len)), h(row / args.q_len % args.nheads), q(row % args.q_len) {}
+  void advance(const SoftmaxArgs& args) {
+    ++index;
+    if (++q < args.q_len) return;
+    q = 0;
+    if (++h < args.nheads) return;
+    h = 0;
+    ++b;
+  }
 };
 
 template <class T>
@@ -145,8 +173,7 @@ double exponentiate(const SoftmaxArgs& args, const Row& row, const KeyRange& ran
 }
 
 template <class T, class Out>
-void softmax_row(const SoftmaxArgs& args, int64_t index, const KeyRange* ranges, float* e) {
-  const Row row(args, index);
+void softmax_row(const SoftmaxArgs& args, const Row& row, const KeyRange* ranges, float* e) {
   const KeyRange& range = ranges[row.b];
   Out* out = at<Out>(args.out, row);
   Out* probs = args.probs.data != nullptr ? at<Out>(args.probs, row) : nullptr;
@@ -168,7 +195,7 @@ void softmax_row(const SoftmaxArgs& args, int64_t index, const KeyRange* ranges,
   if (probs != nullptr) write(probs, inverse);
   if (args.rng != nullptr) {
     store_scaled(e, e, n, inverse);  // first, so that what is dropped of a row of NaN is zero too
-    drop(args, index, begin, e, n);
+    drop(args, row.index, begin, e, n);
     inverse = args.keep_scale;
   }
   write(out, inverse * head_factor(args, row.b, row.h));
@@ -177,8 +204,7 @@ void softmax_row(const SoftmaxArgs& args, int64_t index, const KeyRange* ranges,
 // The gradient of the scores: scale * p * (g - sum(g p)), where g is the gradient of p: that of the output by head mask and
 // dropout.
 template <class P, class Out>
-void backward_row(const SoftmaxArgs& args, int64_t index, float* dropped) {
-  const Row row(args, index);
+void backward_row(const SoftmaxArgs& args, const Row& row, float* dropped) {
   const int64_t n = visible_keys(args, row.q);
   const P *g = at<const P>(args.grad, row), *p = at<const P>(args.probs, row);
   Out* out = at<Out>(args.out, row);
@@ -186,7 +212,7 @@ void backward_row(const SoftmaxArgs& args, int64_t index, float* dropped) {
   float dot;
   if (args.rng != nullptr) {
     store_scaled(g, dropped, n, args.keep_scale);
-    drop(args, index, 0, dropped, n);
+    drop(args, row.index, 0, dropped, n);
     dot = dot_product(dropped, p, n);
     store_gradient(dropped, p, out, n, dot, args.scale * factor);
   } else {
@@ -194,7 +220,7 @@ void backward_row(const SoftmaxArgs& args, int64_t index, float* dropped) {
     store_gradient(g, p, out, n, dot, args.scale * factor);
   }
   fill_zero(out + n, args.k_len - n);
-  if (args.row_dots != nullptr) args.row_dots[index] = dot;
+  if (args.row_dots != nullptr) args.row_dots[row.index] = dot;
 }
 
 // Calls function with a value of the type.
@@ -212,7 +238,9 @@ void dispatch(Dtype dtype, const Function& function) {
 void softmax_rows(const SoftmaxArgs& args, const KeyRange* ranges, int64_t begin, int64_t end, float* scratch) {
   dispatch(args.scores.dtype, [&](auto in) {
     dispatch(args.out.dtype, [&](auto out) {
-      for (int64_t row = begin; row < end; ++row) softmax_row<decltype(in), decltype(out)>(args, row, ranges, scratch);
+      for (Row row(args, begin); row.index < end; row.advance(args)) {
+        softmax_row<decltype(in), decltype(out)>(args, row, ranges, scratch);
+      }
     });
   });
 }
@@ -220,7 +248,9 @@ void softmax_rows(const SoftmaxArgs& args, const KeyRange* ranges, int64_t begin
 void softmax_backward_rows(const SoftmaxArgs& args, int64_t begin, int64_t end, float* scratch) {
   dispatch(args.probs.dtype, [&](auto in) {
     dispatch(args.out.dtype, [&](auto out) {
-      for (int64_t row = begin; row < end; ++row) backward_row<decltype(in), decltype(out)>(args, row, scratch);
+      for (Row row(args, begin); row.index < end; row.advance(args)) {
+        backward_row<decltype(in), decltype(out)>(args, row, scratch);
+      }
     });
   });
 }

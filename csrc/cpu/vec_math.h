@@ -6,12 +6,10 @@ namespace neox::NEOX_CPU_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
-// ln 2 in two parts: the first has few bits, so that its multiples are exact.
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-// e^r = 1 + r + r^2 q(r) for |r| <= ln(2) / 2, relative error 4e-9: a weighted least squares fit of ours.
-constexpr float kExp[5] = {0.49999994f, 0.16666521f, 0.041668389f, 0.0083687454f, 0.0013814540f};
-// Below it e^x counts as zero: so small beside the largest element of a row, which is 1, it never shows.
-constexpr float kSmallestExponent = -87.0f;
+// 2^r = 1 + r q(r) for |r| <= 1/2, relative error 2e-8: a weighted least squares fit of ours.
+constexpr float kExp2[6] = {0.693147182f, 0.240226477f, 0.0555033237f, 0.00961843785f, 0.00133989262f, 0.000153533198f};
+// Below it 2^x counts as zero: so small beside the largest element of a row, which is about 1, it never shows.
+constexpr float kSmallestExponent = -126.0f;
 
 #if defined(__AVX512F__)
 
@@ -28,7 +26,7 @@ static inline Vec choose(const bool* keep, Vec a, Vec b) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
   return {_mm512_mask_mov_ps(b.v, _mm_test_epi8_mask(bytes, bytes), a.v)};
 }
-static inline Vec power_of_2(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+static inline Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 static inline Vec round_to_int(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 static inline Vec zero_below(Vec x, float bound, Vec value) {
   // Not-less-than holds for NaN too.
@@ -61,7 +59,7 @@ static inline Vec choose(const bool* keep, Vec a, Vec b) {
   const __m256i kept = _mm256_cmpgt_epi32(lanes, _mm256_setzero_si256());
   return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(kept))};
 }
-static inline Vec power_of_2(Vec p, Vec n) {
+static inline Vec scale_by_power(Vec p, Vec n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
 }
@@ -80,7 +78,7 @@ static inline float sum(Vec a) { return a.v; }
 static inline float max(Vec a) { return a.v; }
 static inline Vec first_of(Vec a, int64_t, Vec) { return a; }
 static inline Vec choose(const bool* keep, Vec a, Vec b) { return *keep ? a : b; }
-static inline Vec power_of_2(Vec p, Vec n) {
+static inline Vec scale_by_power(Vec p, Vec n) {
   // n + 127 in the exponent's bits; adding 2^23 puts an integer into the last bits of a float, and NaN stays away.
   const uint32_t bits = as_bits(n.v + (8388608.0f + 127.0f));
   return {p.v * as_float(bits << 23)};
@@ -91,15 +89,12 @@ static inline Vec zero_below(Vec x, float bound, Vec value) { return {x.v < boun
 
 #endif
 
-// e^x for x up to 88; NaN stays NaN.
-static inline Vec exponential(Vec x) {
-  const Vec n = round_to_int(mul(x, broadcast(kLog2E)));
-  const Vec minus_n = sub(broadcast(0.0f), n);
-  const Vec r = mul_add(minus_n, broadcast(kLn2Low), mul_add(minus_n, broadcast(kLn2High), x));
-  Vec q = broadcast(kExp[4]);
-  for (int i = 3; i >= 0; --i) q = mul_add(q, r, broadcast(kExp[i]));
-  const Vec p = mul_add(q, mul(r, r), add(r, broadcast(1.0f)));
-  return zero_below(x, kSmallestExponent, power_of_2(p, n));
+// 2^x for x below 128; NaN stays NaN.
+static inline Vec exp2(Vec x) {
+  const Vec n = round_to_int(x), r = sub(x, n);
+  Vec q = broadcast(kExp2[5]);
+  for (int i = 4; i >= 0; --i) q = mul_add(q, r, broadcast(kExp2[i]));
+  return zero_below(x, kSmallestExponent, scale_by_power(mul_add(q, r, broadcast(1.0f)), n));
 }
 
 // n lanes, whole vectors where n is a constant.

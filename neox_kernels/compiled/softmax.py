@@ -11,7 +11,8 @@ from neox_kernels.compiled import library
 from neox_kernels.compiled.library import find_op, mark_written, needs_grad, same_place
 
 _SOFTMAX, _INFERENCE = find_op("causal_softmax"), find_op("causal_softmax", "inference")
-_INPLACE, _BACKWARD = find_op("causal_softmax_"), find_op("causal_softmax_backward")
+_INPLACE = find_op("causal_softmax_")
+_BACKWARD, _BACKWARD_INFERENCE = find_op("causal_softmax_backward"), find_op("causal_softmax_backward", "inference")
 
 # The ops' `flags` (csrc/softmax_ops.h).
 _CAUSAL, _ROW_DOTS = 1, 8
@@ -60,7 +61,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     # The mask is added to the scaled scores: its gradient is theirs before the scale, summed where it was broadcast.
     scale, dtype = (1.0, torch.float32) if needs_attn_mask else (ctx.scale, ctx.dtype)
     flags = _RESULT[dtype] + (ctx.flags & _CAUSAL) + _ROW_DOTS * needs_head_mask
-    d_scores, dots = _BACKWARD(grad, probs, scale, head_mask, rng, ctx.dropout_p, flags)
+    # Grad mode is on where a second derivative is asked for, which the former refuses.
+    backward = _BACKWARD if torch.is_grad_enabled() else _BACKWARD_INFERENCE
+    d_scores, dots = backward(grad, probs, scale, head_mask, rng, ctx.dropout_p, flags)
     d_attn_mask = d_head_mask = None
     if needs_attn_mask:
         shape, mask_dtype = ctx.attn_mask
@@ -102,6 +105,7 @@ def _register() -> None:
         same_place(*args)
 
     @torch.library.register_fake("neox_kernels::causal_softmax_backward")
+    @torch.library.register_fake("neox_kernels::causal_softmax_backward.inference")
     def _(grad: Tensor, probs: Tensor, scale: float, *rest: Any) -> tuple[Tensor, Tensor]:
         same_place(grad, probs, *rest)
         dots = probs.new_empty(probs.shape[:3] if rest[-1] & _ROW_DOTS else 0, dtype=torch.float32)
