@@ -79,7 +79,7 @@ class FusedScaleMaskSoftmax(nn.Module):
     ) -> None:
         super().__init__()
         # gpt-neox has an enumeration of its own with the same names.
-        name = getattr(fusion_type, "name", None)
+        name = str(getattr(fusion_type, "name", None))
         if name not in SoftmaxFusionTypes.__members__:
             raise ValueError(f"fusion_type must be a SoftmaxFusionTypes, not {fusion_type!r}")
         if input_in_fp16 and input_in_bf16:
