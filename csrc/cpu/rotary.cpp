@@ -63,22 +63,14 @@ inline void rotate_half(const T* x, T* y, const float* c, const float* s, int64_
 template <class T>
 inline void rotate_pairs(const T* x, T* y, const float* c, const float* s, int64_t rotary_dim) {
   int64_t i = 0;
-  if constexpr (Vec::kSize == 1) {
-    for (; i < rotary_dim; i += 2) {
-      const Vec a = load(x + i), b = load(x + i + 1);
-      store(y + i, mul_add(a, load(c + i), mul(b, load(s + i))));
-      store(y + i + 1, mul_add(b, load(c + i + 1), mul(a, load(s + i + 1))));
-    }
-  } else {
-    for (; i + Vec::kSize <= rotary_dim; i += Vec::kSize) {
-      const Vec a = load(x + i);
-      store(y + i, mul_add(a, load(c + i), mul(swap_pairs(a), load(s + i))));
-    }
-    if (i < rotary_dim) {
-      const int64_t n = rotary_dim - i;
-      const Vec a = load(x + i, n);
-      store(y + i, mul_add(a, load(c + i, n), mul(swap_pairs(a), load(s + i, n))), n);
-    }
+  for (; i + Vec::kSize <= rotary_dim; i += Vec::kSize) {
+    const Vec a = load(x + i);
+    store(y + i, mul_add(a, load(c + i), mul(swap_pairs(a), load(s + i))));
+  }
+  if (i < rotary_dim) {
+    const int64_t n = rotary_dim - i;
+    const Vec a = load(x + i, n);
+    store(y + i, mul_add(a, load(c + i, n), mul(swap_pairs(a), load(s + i, n))), n);
   }
 }
 

@@ -1,5 +1,4 @@
-// Float vectors as wide as the instruction set: 16 lanes with AVX-512, 8 with AVX2, one in the portable build (whose loops
-// the compiler vectorises itself). bfloat16 and float16 are read into and rounded (to nearest even) out of float32.
+// Float vectors as wide as the instruction set: 16 lanes with AVX-512, 8 with AVX2, 4 in the portable build. bfloat16 and float16 are read into and rounded (to nearest even) out of float32.
 //
 // Everything lives in the namespace of the instruction set, so that no two sets share a symbol.
 #pragma once
@@ -10,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace neox::NEOX_CPU_ISA {
@@ -139,67 +140,79 @@ static inline void copy_bytes(void* to, const void* from, int64_t n) {
 
 #else
 
+// The vector types of GCC and clang, which become SSE2, NEON or plain code.
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Ints __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+
 struct Vec {
-  static constexpr int64_t kSize = 1;
-  float v;
+  static constexpr int64_t kSize = 4;
+  Floats v;
 };
 
-static inline float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
+// a where the comparison that gave mask holds, else b.
+template <class Mask> static inline Ints blend(Mask mask, Ints a, Ints b) { return ((Ints)mask & a) | (~(Ints)mask & b); }
+
+static inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x.v, p, sizeof x.v);
   return x;
 }
-static inline uint32_t as_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
+static inline void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof x.v); }
+
+static inline Floats widen(Halves h, bf16) { return (Floats)(__builtin_convertvector(h, Ints) << 16); }
+static inline Halves narrow(Floats v, bf16) {
+  const Ints bits = (Ints)v;
+  const Ints rounded = bits + (0x7fff + ((bits >> 16) & 1));
+  return __builtin_convertvector(blend(v != v, bits | 0x400000, rounded) >> 16, Halves);
+}
+// float16 by float arithmetic: scaling moves the exponents of one format onto the other, and adding 1/2 rounds a subnormal
+// to its place.
+static inline Floats widen(Halves h, fp16) {
+  const Ints wide = __builtin_convertvector(h, Ints), rest = (wide & 0x7fff) << 13;
+  const Ints finite = (Ints)((Floats)rest * 0x1p112f);
+  return (Floats)(blend((wide & 0x7c00) == 0x7c00, rest | 0x7f800000, finite) | (wide & 0x8000) << 16);
+}
+static inline Halves narrow(Floats v, fp16) {
+  const Ints bits = (Ints)v, sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const Ints nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  const Ints subnormal = (Ints)((Floats)magnitude + 0.5f) - 0x3f000000;  // below 2^-14: in steps of 2^-24
+  const Ints normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  Ints half = blend(magnitude < 0x38800000, subnormal, normal);
+  half = blend(magnitude >= 0x47800000, 0x7c00 + 0 * half, half);  // 2^16: above every float16
+  half = blend(magnitude > 0x7f800000, nan, half);
+  return __builtin_convertvector(half | sign >> 16, Halves);
 }
 
-static inline Vec load(const float* p) { return {*p}; }
-static inline void store(float* p, Vec x) { *p = x.v; }
-static inline Vec load(const bf16* p) { return {as_float(static_cast<uint32_t>(p->bits) << 16)}; }
-static inline void store(bf16* p, Vec x) {
-  const uint32_t bits = as_bits(x.v);
-  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  p->bits = static_cast<uint16_t>((x.v != x.v ? bits | 0x400000 : rounded) >> 16);
+template <class T> static inline Vec load(const T* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return {widen(h, T{})};
 }
-// float16 by float arithmetic: scaling moves the exponents of one format onto the other, and adding 2^k rounds a
-// subnormal to its place.
-static inline Vec load(const fp16* p) {
-  const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000) << 16;
-  const uint32_t rest = static_cast<uint32_t>(p->bits & 0x7fff) << 13;
-  const float scaled = as_float(rest) * 0x1p112f;
-  const uint32_t bits = (p->bits & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : as_bits(scaled);
-  return {as_float(bits | sign)};
+template <class T> static inline void store(T* p, Vec x) {
+  const Halves h = narrow(x.v, T{});
+  std::memcpy(p, &h, sizeof h);
 }
-static inline void store(fp16* p, Vec x) {
-  const uint32_t sign = as_bits(x.v) & 0x80000000u;
-  const uint32_t magnitude = as_bits(x.v) ^ sign;
-  uint32_t half;
-  if (magnitude > 0x7f800000) {
-    half = 0x7e00 | ((magnitude >> 13) & 0x3ff);
-  } else if (magnitude >= 0x47800000) {  // 2^16: above every float16
-    half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // 2^-14: a subnormal, in steps of 2^-24
-    half = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-  } else {
-    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  }
-  p->bits = static_cast<uint16_t>(half | (sign >> 16));
+// A part of a vector goes through the stack.
+template <class T> static inline Vec load(const T* p, int64_t n) {
+  T lanes[Vec::kSize] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+  return load(lanes);
 }
-// One lane is a whole vector: there are no parts.
-template <class T> static inline Vec load(const T* p, int64_t) { return load(p); }
-template <class T> static inline void store(T* p, Vec x, int64_t) { store(p, x); }
+template <class T> static inline void store(T* p, Vec x, int64_t n) {
+  T lanes[Vec::kSize];
+  store(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
 
 static inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
-#if defined(__FP_FAST_FMAF)
-static inline Vec mul_add(Vec a, Vec b, Vec c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
-static inline Vec mul_sub(Vec a, Vec b, Vec c) { return {__builtin_fmaf(a.v, b.v, -c.v)}; }
+#if defined(__aarch64__)
+static inline Vec mul_add(Vec a, Vec b, Vec c) { return {(Floats)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)}; }
 #else
 static inline Vec mul_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-static inline Vec mul_sub(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
 #endif
-template <class V> V swap_pairs(V);  // declared for `if constexpr`: one lane has no pairs
+static inline Vec mul_sub(Vec a, Vec b, Vec c) { return mul_add(a, b, {-c.v}); }
+static inline Vec swap_pairs(Vec a) { return {Floats{a.v[1], a.v[0], a.v[3], a.v[2]}}; }
 
 static inline void copy_bytes(void* to, const void* from, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n)); }
 

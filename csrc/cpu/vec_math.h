@@ -70,22 +70,35 @@ static inline Vec zero_below(Vec x, float bound, Vec value) {
 
 #else
 
-static inline Vec broadcast(float x) { return {x}; }
+typedef uint8_t Bytes __attribute__((vector_size(4)));
+
+static inline Vec broadcast(float x) { return {Floats{x, x, x, x}}; }
 static inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 static inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
-static inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-static inline float sum(Vec a) { return a.v; }
-static inline float max(Vec a) { return a.v; }
-static inline Vec first_of(Vec a, int64_t, Vec) { return a; }
-static inline Vec choose(const bool* keep, Vec a, Vec b) { return *keep ? a : b; }
+static inline Vec max(Vec a, Vec b) { return {(Floats)blend(a.v > b.v, (Ints)a.v, (Ints)b.v)}; }
+static inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+static inline float max(Vec a) {
+  const Vec two = max(a, {Floats{a.v[2], a.v[3], a.v[2], a.v[3]}});
+  return two.v[0] > two.v[1] ? two.v[0] : two.v[1];
+}
+static inline Vec first_of(Vec a, int64_t n, Vec b) {
+  const uint32_t count = static_cast<uint32_t>(n);
+  return {(Floats)blend(Ints{0, 1, 2, 3} < count, (Ints)a.v, (Ints)b.v)};
+}
+static inline Vec choose(const bool* keep, Vec a, Vec b) {
+  Bytes bytes;
+  std::memcpy(&bytes, keep, sizeof bytes);
+  return {(Floats)blend(__builtin_convertvector(bytes, Ints) != 0, (Ints)a.v, (Ints)b.v)};
+}
 static inline Vec scale_by_power(Vec p, Vec n) {
-  // n + 127 in the exponent's bits; adding 2^23 puts an integer into the last bits of a float, and NaN stays away.
-  const uint32_t bits = as_bits(n.v + (8388608.0f + 127.0f));
-  return {p.v * as_float(bits << 23)};
+  // n + 127 belongs in the bits of the exponent; adding 2^23 puts a whole number into the last bits of a float.
+  return {p.v * (Floats)((Ints)(n.v + (8388608.0f + 127.0f)) << 23)};
 }
 // Adding 1.5 * 2^23 leaves no bits behind the point.
 static inline Vec round_to_int(Vec x) { return {(x.v + 12582912.0f) - 12582912.0f}; }
-static inline Vec zero_below(Vec x, float bound, Vec value) { return {x.v < bound ? 0.0f : value.v}; }
+static inline Vec zero_below(Vec x, float bound, Vec value) {
+  return {(Floats)(~(Ints)(x.v < bound) & (Ints)value.v)};
+}
 
 #endif
 
