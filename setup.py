@@ -97,7 +97,8 @@ def compile_library(cxx: list[str], include: Path, isas: list[str], cuda: Cuda |
     # gives must not cost the user the library.
     strict = EXT == "require"
     warnings = ["-Wall", "-Wextra", *(["-Werror"] if strict else [])]
-    host = [*cxx, *common, "-fPIC", "-fvisibility=hidden", *warnings]
+    # Where a product is rounded is the kernels' choice: gcc would fuse even intrinsics.
+    host = [*cxx, *common, "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *warnings]
     commands: dict[Path, list[str]] = {}
     for source in sources("*.cpp"):
         if source.name != "build_info.cpp":

@@ -20,6 +20,10 @@ NEOX_DECLARE_PER_ISA(void softmax_backward_rows(const SoftmaxArgs& args, int64_t
 namespace NEOX_CPU_ISA {
 namespace {
 
+// How many numbers a lane adds up in float32 before a double takes their sum. Each adds to the rounding error: with one
+// lane, 67 in a row were already above the error budget.
+constexpr int64_t kChain = Vec::kSize == 1 ? 16 : 128;
+
 // The largest of x * scale.
 template <class T>
 float largest(const T* x, int64_t n, float scale) {
@@ -35,17 +39,19 @@ float largest(const T* x, int64_t n, float scale) {
   return max(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
-// e = exp(x * scale - most), and their sum: by vectors within a block, across blocks in double.
+// e = exp(x * scale - most), and their sum: by vectors within a block, across blocks in double. The product is rounded
+// like the one behind `most`: fused with the subtraction it would keep what rounding took from `most`, which for scores
+// like the lowest float32 is more than an exponent holds; and the largest power is exactly 1.
 template <class T>
 double exponentials(const T* x, float* e, int64_t n, float scale, float most) {
-  constexpr int64_t kBlock = 2048;
+  constexpr int64_t kBlock = kChain * Vec::kSize;
   const Vec s = broadcast(scale), m = broadcast(most), zero = broadcast(0.0f);
   double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
     Vec part = zero;
     for_vectors(n - block < kBlock ? n - block : kBlock, [&](int64_t j, int64_t count) {
       const int64_t i = block + j;
-      const Vec power = first_of(exponential(mul_sub(load_some(x + i, count), s, m)), count, zero);
+      const Vec power = first_of(exponential(sub(mul(load_some(x + i, count), s), m)), count, zero);
       store_some(e + i, power, count);
       part = add(part, power);
     });
@@ -62,7 +68,7 @@ void store_scaled(const T* x, Out* out, int64_t n, float factor) {
 
 template <class G, class P>
 float dot_product(const G* g, const P* p, int64_t n) {
-  constexpr int64_t kBlock = 2048;
+  constexpr int64_t kBlock = kChain * Vec::kSize;
   const Vec zero = broadcast(0.0f);
   double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
@@ -108,11 +114,12 @@ T* at(const Scores& x, const Row& row) {
   return static_cast<T*>(x.data) + row.b * x.stride_batch + row.h * x.stride_head + row.q * x.stride_q;
 }
 
+// Whether a product is NaN, which a maximum may not show.
 template <class T>
-bool has_nan(const T* x, int64_t n) {
+bool has_nan(const T* x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) {
     float value;
-    store(&value, load(x + i, 1), 1);
+    store(&value, mul(load(x + i, 1), broadcast(scale)), 1);
     if (value != value) return true;
   }
   return false;
@@ -125,7 +132,7 @@ double exponentiate(const SoftmaxArgs& args, const Row& row, const KeyRange& ran
   if (mask.kind == MaskKind::kNone && range.keep == nullptr) {
     float most = largest(x, n, args.scale);
     if (most == -kInfinity) {
-      if (!has_nan(x, n)) return 0;
+      if (!has_nan(x, n, args.scale)) return 0;
       most = 0;
     }
     return exponentials(x, e, n, args.scale, most);
@@ -138,7 +145,7 @@ double exponentiate(const SoftmaxArgs& args, const Row& row, const KeyRange& ran
   if (range.keep != nullptr) hide(range.keep + range.begin, 1, e, n);
   float most = largest(e, n, 1.0f);
   if (most == -kInfinity) {
-    if (!has_nan(e, n)) return 0;
+    if (!has_nan(e, n, 1.0f)) return 0;
     most = 0;
   }
   return exponentials(e, e, n, 1.0f, most);
@@ -151,9 +158,12 @@ void softmax_row(const SoftmaxArgs& args, int64_t index, const KeyRange* ranges,
   Out* out = at<Out>(args.out, row);
   Out* probs = args.probs.data != nullptr ? at<Out>(args.probs, row) : nullptr;
   const int64_t visible = visible_keys(args, row.q);
-  const int64_t begin = range.begin, end = visible < range.end ? visible : range.end, n = end - begin;
+  int64_t begin = range.begin, end = visible < range.end ? visible : range.end, n = end - begin;
   const double total = n > 0 ? exponentiate(args, row, range, at<const T>(args.scores, row) + begin, e, n) : 0.0;
-  // A sum that is NaN is no zero.
+  if (total != total) {  // NaN up to the diagonal, padding included
+    begin = 0, end = n = visible;
+    for (int64_t i = 0; i < n; ++i) e[i] = static_cast<float>(total);
+  }
   if (total == 0.0) {
     fill_zero(out, args.k_len);
     if (probs != nullptr) fill_zero(probs, args.k_len);
@@ -174,6 +184,16 @@ void softmax_row(const SoftmaxArgs& args, int64_t index, const KeyRange* ranges,
   write(out, inverse * head_factor(args, row.b, row.h));
 }
 
+template <class T>
+bool is_zero(const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float value;
+    store(&value, load(x + i, 1), 1);
+    if (value != 0) return false;
+  }
+  return true;
+}
+
 // The gradient of the scores: scale * p * (g - sum(g p)), where g is the gradient of p: that of the output by head mask and
 // dropout.
 template <class P, class Out>
@@ -192,6 +212,10 @@ void backward_row(const SoftmaxArgs& args, int64_t index, float* dropped) {
   } else {
     dot = dot_product(g, p, n);
     store_gradient(g, p, out, n, dot, args.scale * factor);
+  }
+  if (dot != dot && is_zero(p, n)) {  // no visible key, whatever the gradient is
+    dot = 0;
+    fill_zero(out, n);
   }
   fill_zero(out + n, args.k_len - n);
   if (args.row_dots != nullptr) args.row_dots[index] = dot;

@@ -98,7 +98,7 @@ static inline Vec exponential(Vec x) {
   const Vec r = mul_add(minus_n, broadcast(kLn2Low), mul_add(minus_n, broadcast(kLn2High), x));
   Vec q = broadcast(kExp[4]);
   for (int i = 3; i >= 0; --i) q = mul_add(q, r, broadcast(kExp[i]));
-  const Vec p = mul_add(q, mul(r, r), add(r, broadcast(1.0f)));
+  const Vec p = add(broadcast(1.0f), mul_add(q, mul(r, r), r));  // 1 last: the other roundings are of less than it
   return zero_below(x, kSmallestExponent, power_of_2(p, n));
 }
 
