@@ -69,10 +69,12 @@ inline void set_head_mask(SoftmaxArgs& args, const OptionalTensor& head_mask, co
 
 inline void set_dropout(SoftmaxArgs& args, const OptionalTensor& rng, double dropout_p, const Place& place) {
   require(dropout_p >= 0 && dropout_p <= 1, "causal_softmax: dropout_p must be between 0 and 1");
+  const char* message = "causal_softmax: rng must be a contiguous (2,) int64 on the device of the scores";
+  require(!rng.has_value() || (rng->dim() == 1 && rng->size(0) == 2 && rng->scalar_type() == ScalarType::Long &&
+                               rng->is_contiguous() && Place(*rng) == place),
+          message);
   if (dropout_p == 0) return;
-  require(rng.has_value() && rng->dim() == 1 && rng->size(0) == 2 && rng->scalar_type() == ScalarType::Long &&
-              rng->is_contiguous() && Place(*rng) == place,
-          "causal_softmax: rng must be (2,) int64 on the device of the scores where there is dropout");
+  require(rng.has_value(), message);
   args.rng = static_cast<const int64_t*>(rng->const_data_ptr());
   args.dropout_threshold = dropout_p < 1 ? static_cast<uint32_t>(dropout_p * 4294967296.0) : 0xffffffffu;
   args.keep_scale = dropout_p < 1 ? static_cast<float>(1 / (1 - dropout_p)) : 0.0f;
@@ -140,7 +142,7 @@ std::tuple<Tensor, Tensor> softmax(const Tensor& scores, double scale, const Opt
   const ScalarType type = result_type(flags, x.scalar_type());
   const auto sizes = x.sizes();
   const int64_t none = 0;
-  const bool separate = args.rng != nullptr || args.head_mask != nullptr;
+  const bool separate = dropout_p > 0 || head_mask.has_value();  // not by its data, which an empty tensor has none of
   Tensor out = empty_contiguous(sizes.data(), 4, type, place);
   Tensor probs = separate ? empty_contiguous(sizes.data(), 4, type, place) : empty_contiguous(&none, 1, type, place);
   args.out = written_to(out);

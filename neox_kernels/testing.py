@@ -104,6 +104,31 @@ def eager_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
     return torch.cat((turned * c + other * s, passed), dim=-1)
 
 
+def eager_causal_softmax(
+    scores: Tensor,
+    scale: float = 1.0,
+    causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention probabilities the way model code computes them, every step rounded to the dtype of ``scores``: the
+    yardstick of the budget. The arguments are those of :func:`neox_kernels.causal_softmax`."""
+    logits = scores * scale
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        logits, attn_mask = logits + attn_mask.to(scores.dtype), None
+    q_len, k_len = scores.shape[-2:]
+    lower = torch.ones(q_len, k_len, dtype=torch.bool, device=scores.device).tril(k_len - q_len) if causal else None
+    padding = None if key_padding_mask is None else key_padding_mask[:, None, None]
+    for seen in (lower, padding, attn_mask):
+        if seen is not None:
+            logits = logits.masked_fill(~seen, -torch.inf)
+    probs = torch.softmax(logits, dim=-1)
+    if head_mask is not None:
+        probs = probs * (head_mask[:, None, None] if head_mask.dim() == 1 else head_mask).to(scores.dtype)
+    return probs
+
+
 def poison_fresh_memory() -> None:
     """From now on malloc fills what it hands out with 0xFE bytes, huge numbers or NaN in every dtype, so that what a
     kernel does not write shows. Does nothing where the C library is not glibc."""

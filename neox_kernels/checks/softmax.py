@@ -21,7 +21,7 @@ def _require_mask(
         not_a_tensor(name, mask)
     if mask.dtype not in dtypes:
         known = ", ".join(sorted(str(one).removeprefix("torch.") for one in dtypes))
-        raise TypeError(f"{name} must be one of {known}, not {mask.dtype}")
+        raise TypeError(f"{name} must be one of {known} for scores of {scores.dtype}, not {mask.dtype}")
     if mask.device != scores.device:
         raise ValueError(f"{name} must be on {scores.device} like scores, not on {mask.device}")
     padded = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
@@ -65,11 +65,12 @@ def require_causal_softmax(
             raise ValueError(
                 f"key_padding_mask must be on {scores.device} like scores, not on {key_padding_mask.device}"
             )
+    floats = FLOATS if scores.dtype == torch.float64 else FLOATS - {torch.float64}
     if attn_mask is not None:
-        _require_mask("attn_mask", attn_mask, scores, (batch, nheads, q_len, k_len), FLOATS | {torch.bool})
+        _require_mask("attn_mask", attn_mask, scores, (batch, nheads, q_len, k_len), floats | {torch.bool})
     if head_mask is not None:
         flat = isinstance(head_mask, Tensor) and head_mask.dim() == 1
-        _require_mask("head_mask", head_mask, scores, (nheads,) if flat else (batch, nheads, 1, 1), FLOATS)
+        _require_mask("head_mask", head_mask, scores, (nheads,) if flat else (batch, nheads, 1, 1), floats)
     if rng is not None:
         if not isinstance(rng, Tensor):
             not_a_tensor("rng", rng)
@@ -78,7 +79,7 @@ def require_causal_softmax(
                 f"rng must be (2,) int64 on {scores.device}, a seed and an offset, not {shape_of(rng)} {rng.dtype} on "
                 f"{rng.device}"
             )
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         raise TypeError(f"dtype must be None or a floating dtype, not {dtype!r}")
     if (dtype or scores.dtype) == torch.float64 and scores.dtype != torch.float64:
         raise TypeError(f"dtype must be float32, bfloat16 or float16 for scores of {scores.dtype}, not float64")

@@ -18,6 +18,9 @@ _BACKWARD, _BACKWARD_INFERENCE = find_op("causal_softmax_backward"), find_op("ca
 _CAUSAL, _ROW_DOTS = 1, 8
 _RESULT = {None: 0, torch.float32: 2, torch.bfloat16: 4, torch.float16: 6}
 _RESULT_OF = {flags: dtype for dtype, flags in _RESULT.items()}
+_FLAGS = {(causal, dtype): flags + _CAUSAL * causal for dtype, flags in _RESULT.items() for causal in (False, True)}
+# What a schema would take for a float too.
+_TAKEN_FOR_FLOAT = (bool, Tensor)
 
 
 def causal_softmax(
@@ -34,7 +37,11 @@ def causal_softmax(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`neox_kernels.causal_softmax`; with ``dropout_p`` it needs ``rng``."""
-    rest = scale, key_padding_mask, attn_mask, head_mask, rng, dropout_p, _RESULT[dtype] + _CAUSAL * causal
+    if isinstance(scale, _TAKEN_FOR_FLOAT) or isinstance(dropout_p, _TAKEN_FOR_FLOAT) or type(inplace) is not bool:
+        raise TypeError("scale and dropout_p must be floats, and inplace True or False")
+    if rng is not None:
+        rng = rng.contiguous()
+    rest = scale, key_padding_mask, attn_mask, head_mask, rng, dropout_p, _FLAGS[causal, dtype]
     with_grad = needs_grad(*[x for x in (scores, attn_mask, head_mask) if x is not None])
     if inplace:
         if with_grad:

@@ -33,7 +33,7 @@ def causal_softmax(
         causal: query i sees key j only where ``j <= i + k_len - q_len``: the last query sees all.
         key_padding_mask: (batch, k_len), bool: True for the keys that may be seen; the others are not looked at.
         attn_mask: bool (True: may be seen) or floating (added to the scaled scores), broadcastable to ``scores``; read
-            through its strides, never expanded.
+            through its strides, never expanded. Like ``head_mask``, float64 only beside float64 scores.
         head_mask: (nheads,), or broadcastable to (batch, nheads, 1, 1), floating: what each head's probabilities are
             multiplied with.
         dropout_p: probability of dropping an element; the others are divided by ``1 - dropout_p``.
@@ -49,7 +49,8 @@ def causal_softmax(
         ValueError, TypeError: shapes, dtypes or devices that do not go together, a probability outside 0 to 1, or
             ``inplace`` where a gradient is needed.
 
-    NaN or +inf among the keys that a query sees gives NaN up to the diagonal, as ``torch.softmax`` does.
+    NaN or +inf among the keys that a query sees gives NaN up to the diagonal, padding included: ``torch.softmax`` too
+    spreads it over the row.
 
     Source: the softmax of Vaswani et al., arXiv:1706.03762; dropout by Philox 4x32-10. Oracle:
     ``neox_kernels.reference.causal_softmax``.

@@ -42,11 +42,13 @@ def causal_softmax(
         logits = logits.masked_fill(hidden, -torch.inf)
     dead = (logits == -torch.inf).all(dim=-1, keepdim=True)
     # Zero in place of -inf: softmax would give such a row NaN, and its gradient too.
-    probs = torch.softmax(logits.masked_fill(dead, 0.0), dim=-1).masked_fill(dead | hidden, 0.0)
+    probs = torch.softmax(logits.masked_fill(dead, 0.0), dim=-1)
     if dropout_p > 0:
         assert rng is not None
         keep = dropout_keep(rng, dropout_p, scores.shape)
         probs = torch.where(keep, probs * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0), 0.0)
     if head_mask is not None:
         probs = probs * (head_mask.to(compute).view(-1, 1, 1) if head_mask.dim() == 1 else head_mask.to(compute))
+    # Last, so that nothing that comes in for them, forward or backward, shows.
+    probs = probs.masked_fill(dead | hidden, 0.0)
     return scores.copy_(probs) if inplace else probs.to(dtype or scores.dtype)
