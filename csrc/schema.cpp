@@ -20,4 +20,12 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def(
       "rotary_kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
       "Tensor cache_seqlens, Tensor? position_ids, int flags) -> Tensor");
+
+  // Varlen. The first dimensions of a tensor are those of `inverse` (one, without), and of its result those of `indices`;
+  // result row r is row indices[r], or zero where that is -1. The gradient is the same op with the two exchanged.
+  m.def("gather_rows(Tensor[] tensors, Tensor indices, Tensor? inverse) -> Tensor[]");
+  m.def("gather_rows.inference(Tensor[] tensors, Tensor indices, Tensor? inverse) -> Tensor[]");
+  // indices of (capacity,), cu_seqlens, inverse, and (tokens, longest sequence, invalid values).
+  m.def(
+      "varlen_metadata(Tensor attention_mask, SymInt capacity, SymInt max_seqlen) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -248,4 +248,5 @@ def test_every_op_is_in_the_test_above() -> None:
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "neox_kernels::" in name
     }
     with_a_tensor = {"rotary", "rotary_qk", "rotary_", "rotary_qk_", "rotary_kv_append"}
-    assert ops - {"cpu_isa"} == with_a_tensor
+    elsewhere = {"gather_rows", "varlen_metadata"}  # test_varlen_autograd
+    assert ops - {"cpu_isa"} - elsewhere == with_a_tensor
