@@ -1,8 +1,8 @@
 """Unpad and pad: from (batch, seqlen, ...) with padding to (total, ...) without, and back.
 
-Both are one gather of rows: where a token of the batch lies in the unpadded tensor is known (``inverse``) as well as the
-other way round (``indices``). So each writes every row of its result once, copied or zeroed, and each is the other's
-gradient.
+Both are one gather of rows: where a token of the batch lies in the unpadded tensor is known (``inverse``), and so is
+the other way round (``indices``). So each writes every row of its result once, copied or zeroed, and each is the
+other's gradient.
 """
 
 from __future__ import annotations
