@@ -1,6 +1,6 @@
-"""Run by test_triton_interpreter.py under TRITON_INTERPRET=1: the Triton unpad and pad against the oracle, on CPU tensors.
+"""Run by test_triton_interpreter.py under TRITON_INTERPRET=1: the Triton unpad and pad on CPU tensors.
 
-They move bytes, so they must agree bit by bit, in every dtype.
+They move bytes, so they must agree with the oracle bit by bit, in every dtype.
 """
 
 import itertools
