@@ -114,12 +114,14 @@ void launch_gather(const GatherArgs& args, bool strict, const Tensor&) {
   }
 }
 
-template <class Bits>
-void find_tokens(const MaskArgs& args) {
+// `kDense`: the tokens of a sequence are neighbours in the mask, so that the compiler counts them by vectors.
+template <class Bits, bool kDense>
+void find_tokens(MaskArgs args) {
+  if constexpr (kDense) args.stride_seqlen = 1;
   int64_t total = 0, longest = 0;
   args.cu_seqlens[0] = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
-    int64_t length = 0, invalid = 0;
+    int32_t length = 0, invalid = 0;
     for (int64_t s = 0; s < args.seqlen; ++s) {
       const MaskValue value = mask_value<Bits>(args, b, s);
       length += value.token;
@@ -145,6 +147,11 @@ void find_tokens(const MaskArgs& args) {
   args.facts[0] = total;
   args.facts[1] = longest;
   args.facts[2] = 0;
+}
+
+template <class Bits>
+void find_tokens(const MaskArgs& args) {
+  return args.stride_seqlen == 1 ? find_tokens<Bits, true>(args) : find_tokens<Bits, false>(args);
 }
 
 void launch_metadata(const MaskArgs& args, const Tensor&) {
