@@ -80,4 +80,5 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     Returns:
         (batch, seqlen, ...).
     """
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return padded.view(batch, seqlen, *hidden_states.shape[1:])
