@@ -55,7 +55,8 @@ __device__ void gather_line(const GatherArgs& args, const RowTensor& tensor, int
   for (uint32_t i = thread; i < pieces; i += 1u << log_threads) out[i] = in[i];
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args, const Plan plan) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args,
+                                                         const __grid_constant__ Plan plan) {
   const RowTensor& tensor = args.tensors[blockIdx.y];
   const int log_threads = plan.log_threads[blockIdx.y];
   switch (plan.width[blockIdx.y]) {
@@ -95,8 +96,10 @@ void launch_gather(const GatherArgs& args, bool /*strict: looking would cost a s
     const RowTensor& tensor = args.tensors[t];
     const int width = width_of(tensor);
     require(tensor.block_bytes / width < int64_t{1} << 32, "varlen: a row must have fewer than 2**32 elements");
-    // Up to four accesses a thread, so that a thread's first index is worth finding.
+    // One access a thread, so that neighbours write neighbouring sectors; where that takes more than a warp, up to four, so
+    // that finding its index pays.
     int log_threads = 0;
+    while (log_threads < 5 && (int64_t{width} << log_threads) < tensor.block_bytes) ++log_threads;
     while ((kThreads >> log_threads) > 1 && (int64_t{width} << (log_threads + 2)) < tensor.block_bytes) ++log_threads;
     plan.width[t] = static_cast<uint8_t>(width);
     plan.log_threads[t] = static_cast<uint8_t>(log_threads);
