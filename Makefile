@@ -27,7 +27,7 @@ lint: build
 	else echo "torch-abi-audit: nothing to look at, no compiled library was built here"; fi
 
 bench: build
-	$(BIN)/python bench/rotary.py $(ARGS)
+	$(BIN)/python bench/run.py $(ARGS)
 
 build: .venv/.built
 

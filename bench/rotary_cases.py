@@ -15,6 +15,7 @@ from neox_kernels.testing import ROTARY_SHAPES, RotaryShape, assert_within_budge
 
 LENGTHS = ((1, 1), (8, 1), (1, 128), (4, 512), (1, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
+OP = "apply_rotary_qk"  # whose backend the report names
 BASELINE = "transformers eager"
 Call = Callable[[], object]
 
@@ -31,6 +32,10 @@ class RotaryCase:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.shape.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def model(self) -> str:
+        return self.shape.model
 
     @property
     def bytes(self) -> int:

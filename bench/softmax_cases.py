@@ -13,6 +13,7 @@ from neox_kernels import causal_softmax
 from neox_kernels.reference import causal_softmax as oracle
 from neox_kernels.testing import assert_within_budget
 
+OP = "causal_softmax"  # whose backend the report names
 LENGTHS = ((1, 1, 512), (8, 1, 512), (1, 128, 128), (4, 512, 512), (1, 2048, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
 BASELINE = "transformers eager"
@@ -30,9 +31,13 @@ class SoftmaxCase:
     k_len: int
     dtype: torch.dtype
 
+    @property
+    def model(self) -> str:
+        return f"heads-{self.nheads}"
+
     def __str__(self) -> str:
         shape = f"({self.batch}, {self.nheads}, {self.q_len}, {self.k_len})"
-        return f"softmax {self.kind}: {shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.kind}: {shape} {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def bytes(self) -> int:

@@ -33,4 +33,12 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("causal_softmax_(Tensor(a!) scores, " NEOX_SOFTMAX ") -> ()");
   m.def("causal_softmax_backward(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
   m.def("causal_softmax_backward.inference(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
+
+  // Varlen. The first dimensions of a tensor are those of `inverse` (one, without), and of its result those of `indices`;
+  // result row r is row indices[r], or zero where that is -1. The gradient is the same op with the two exchanged.
+  m.def("gather_rows(Tensor[] tensors, Tensor indices, Tensor? inverse) -> Tensor[]");
+  m.def("gather_rows.inference(Tensor[] tensors, Tensor indices, Tensor? inverse) -> Tensor[]");
+  // indices of (capacity,), cu_seqlens, inverse, and (tokens, longest sequence, invalid values).
+  m.def(
+      "varlen_metadata(Tensor attention_mask, SymInt capacity, SymInt max_seqlen) -> (Tensor, Tensor, Tensor, Tensor)");
 }

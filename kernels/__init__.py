@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 
 from neox_kernels.kernels.rotary_autograd import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.kernels.varlen_autograd import index_first_axis, pad_input, unpad_input, varlen_metadata
 
-__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "unavailable"]
+__all__ = [
+    "DTYPES",
+    "apply_rotary",
+    "apply_rotary_kv_append",
+    "apply_rotary_qk",
+    "index_first_axis",
+    "pad_input",
+    "unavailable",
+    "unpad_input",
+    "varlen_metadata",
+]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 

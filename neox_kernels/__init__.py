@@ -12,6 +12,14 @@ from neox_kernels.nn import FusedCausalSoftmax, RotaryEmbedding
 from neox_kernels.ops.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.ops.softmax import causal_softmax
 from neox_kernels.ops.tables import rotary_tables
+from neox_kernels.ops.varlen import (
+    VarlenMetadata,
+    index_first_axis,
+    index_put_first_axis,
+    pad_input,
+    unpad_input,
+    varlen_metadata,
+)
 
 if TYPE_CHECKING:
     from neox_kernels.integrations.transformers import SwapReport
@@ -21,15 +29,21 @@ __version__ = "0.1.0"
 __all__ = [
     "FusedCausalSoftmax",
     "RotaryEmbedding",
+    "VarlenMetadata",
     "apply_rotary",
     "apply_rotary_kv_append",
     "apply_rotary_qk",
     "causal_softmax",
     "explain",
+    "index_first_axis",
+    "index_put_first_axis",
+    "pad_input",
     "restore",
     "rotary_tables",
     "swap",
+    "unpad_input",
     "use_backend",
+    "varlen_metadata",
 ]
 
 # Ahead of the first call, so that torch.compile finds a filled table. Where there is a GPU and no compiled CUDA library

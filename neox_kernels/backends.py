@@ -21,7 +21,16 @@ MODULES = {
     "triton": "neox_kernels.kernels",
     "reference": "neox_kernels.reference",
 }
-OPS = ("apply_rotary", "apply_rotary_qk", "apply_rotary_kv_append", "causal_softmax")
+OPS = (
+    "apply_rotary",
+    "apply_rotary_qk",
+    "apply_rotary_kv_append",
+    "causal_softmax",
+    "varlen_metadata",
+    "unpad_input",
+    "pad_input",
+    "index_first_axis",
+)
 DEVICES = ("cpu", "cuda")
 
 Implementation = Callable[..., Any]
@@ -33,7 +42,10 @@ _forced: str | None = os.environ.get("NEOX_KERNELS_BACKEND") or None
 
 
 def select(op: str, device_type: str, dtype: Any) -> tuple[Implementation, bool]:
-    """The implementation of ``op`` for tensors of that device and dtype, and whether it checks its arguments itself."""
+    """The implementation of ``op`` for tensors of that device and dtype, and whether it checks its arguments itself.
+
+    The dtype of an op that only moves bytes is None: any.
+    """
     found = _table.get((op, device_type, dtype))
     return found if found is not None else _resolve(op, device_type, dtype)
 
@@ -83,7 +95,7 @@ def _resolve(op: str, device_type: str, dtype: Any) -> tuple[Implementation, boo
             _table[op, device_type, dtype] = found
             return found
         reasons.append(f"{name}: {reason}")
-    raise RuntimeError(f"no backend can serve {op} for {dtype} on {device_type} ({'; '.join(reasons)})")
+    raise RuntimeError(f"no backend can serve {op} for {dtype or 'any dtype'} on {device_type} ({'; '.join(reasons)})")
 
 
 def fill(device_types: Iterable[str]) -> None:
@@ -94,7 +106,7 @@ def fill(device_types: Iterable[str]) -> None:
         return  # the first call says so
     for device_type in device_types:
         for op in OPS:
-            for dtype in reference.DTYPES:
+            for dtype in (*reference.DTYPES, None):
                 if any(_reason(name, op, device_type, dtype) is None for name in _candidates()):
                     _resolve(op, device_type, dtype)
 

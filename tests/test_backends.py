@@ -18,7 +18,7 @@ import torch
 import neox_kernels
 from neox_kernels import apply_rotary, backends, compiled, explain, reference, rotary_tables, use_backend
 
-OPS = ("apply_rotary", "apply_rotary_qk", "apply_rotary_kv_append", "causal_softmax")
+OPS = backends.OPS
 COS, SIN = rotary_tables(16, 8)
 X = torch.randn(1, 5, 2, 32)
 needs_library = pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))

@@ -11,6 +11,7 @@ import torch
 from neox_kernels.compiled.library import build_config, load_error
 from neox_kernels.compiled.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.compiled.softmax import causal_softmax
+from neox_kernels.compiled.varlen import index_first_axis, pad_input, unpad_input, varlen_metadata
 
 __all__ = [
     "CHECKS_ITSELF",
@@ -21,8 +22,12 @@ __all__ = [
     "build_config",
     "causal_softmax",
     "cpu_isa",
+    "index_first_axis",
     "load_error",
+    "pad_input",
     "unavailable",
+    "unpad_input",
+    "varlen_metadata",
 ]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})

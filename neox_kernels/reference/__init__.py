@@ -10,8 +10,20 @@ import torch
 
 from neox_kernels.reference.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.reference.softmax import causal_softmax
+from neox_kernels.reference.varlen import index_first_axis, pad_input, unpad_input, varlen_metadata
 
-__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "causal_softmax", "unavailable"]
+__all__ = [
+    "DTYPES",
+    "apply_rotary",
+    "apply_rotary_kv_append",
+    "apply_rotary_qk",
+    "causal_softmax",
+    "index_first_axis",
+    "pad_input",
+    "unavailable",
+    "unpad_input",
+    "varlen_metadata",
+]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
