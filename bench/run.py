@@ -1,6 +1,6 @@
 """An op family on the CPU against what people run today, the same under torch.compile, and memcpy of the same bytes.
 
-    python bench/run.py [rotary | softmax | varlen] [--model pythia-160m] [--compiled] [--threads 2 --wall] [--json FILE]
+    python bench/run.py [rotary | softmax | varlen] [--model pythia-160m] [--compiled] [--threads 2 --wall] [--json F]
 
 One thread and CPU time by default. Every figure in the README's tables comes from this script. A family is a file
 ``<family>_cases.py`` with OP, BASELINE, CONTENDERS, cases and contenders, and its name in FAMILIES.
