@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from neox_kernels.kernels.rotary_autograd import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.kernels.softmax_autograd import causal_softmax
 
-__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "unavailable"]
+__all__ = ["DTYPES", "apply_rotary", "apply_rotary_kv_append", "apply_rotary_qk", "causal_softmax", "unavailable"]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 

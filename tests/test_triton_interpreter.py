@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 
-def test_rotary_by_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["triton_interpreter_script.py", "triton_interpreter_softmax.py"])
+def test_kernels_by_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     # A process of its own: Triton reads the variable when the kernels are imported.
-    script = Path(__file__).with_name("triton_interpreter_script.py")
+    script = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
