@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from neox_kernels.kernels.rotary_autograd import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
+from neox_kernels.kernels.softmax_autograd import causal_softmax
 from neox_kernels.kernels.varlen_autograd import index_first_axis, pad_input, unpad_input, varlen_metadata
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_kv_append",
     "apply_rotary_qk",
+    "causal_softmax",
     "index_first_axis",
     "pad_input",
     "unavailable",

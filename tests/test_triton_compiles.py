@@ -11,17 +11,24 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from neox_kernels.kernels import rotary  # noqa: E402 - not without triton
+from neox_kernels.kernels import rotary, softmax, softmax_backward  # noqa: E402 - not without triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+DTYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 # nheads, head_dim, rotary_dim
 FULL, PYTHIA, NEOX, GPTJ = (16, 128, 128), (16, 128, 32), (64, 96, 24), (16, 256, 64)
 
 
-def compile_kernel(target: Any, args: dict[str, Any], constants: dict[str, Any]) -> Any:
-    """What a launch with these arguments compiles, for any target."""
-    kernel = rotary._rotary_kernel
+def compile_kernel(target: Any, args: dict[str, Any], constants: dict[str, Any], kernel: Any = None) -> Any:
+    """What a launch of the kernel, the rotary one unless named, with these arguments compiles, for any target."""
+    kernel = kernel or rotary._rotary_kernel
     signature, constexprs, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = constants[parameter.name] if parameter.is_constexpr else args[parameter.name]
@@ -32,6 +39,8 @@ def compile_kernel(target: Any, args: dict[str, Any], constants: dict[str, Any])
         if isinstance(value, Tensor):
             signature[parameter.name] = f"*{DTYPES[value.dtype]}"
             aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = specialised and value % 16 == 0
@@ -131,3 +140,112 @@ def test_no_length_is_compiled_anew() -> None:
 def test_heads_of_a_block(nheads: tuple[int, ...], expected: int) -> None:
     """At most an eighth of the rows of a block may be without a head."""
     assert rotary.block_sizes(128, 128, nheads, 2)["BLOCK_H"] == expected
+
+
+# Softmax
+
+FORWARD, BACKWARD = softmax._softmax_kernel, softmax_backward._softmax_backward_kernel
+MANY_ROWS = (4, 16, 512)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FEATURES = [
+    {}, {"causal": False}, {"padding": True}, {"mask": torch.bool}, {"mask": BF16}, {"mask": FP32}, {"head_mask": True},
+    {"dropout_p": 0.1}, {"dropout_p": 0.1, "mask": BF16, "padding": True, "head_mask": True},
+]  # fmt: skip
+
+
+def plan_softmax(
+    k_len: int, dtype: torch.dtype, *, backward: bool = False, rows: tuple[int, int, int] = MANY_ROWS,
+    causal: bool = True, padding: bool = False, mask: torch.dtype | None = None, head_mask: bool = False,
+    dropout_p: float = 0.0,
+) -> Any:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = empty(*rows, k_len, dtype=dtype)
+    rng, head = empty(2, dtype=torch.int64), empty(rows[1]) if head_mask else None
+    if backward:
+        dots = empty(*rows) if head_mask else None
+        return softmax_backward.plan_backward(x, x, x, dots, 0.125, causal, head, rng, dropout_p)
+    keys = empty(rows[0], k_len, dtype=torch.bool) if padding else None
+    attn_mask = None if mask is None else empty(1, 1, rows[2], k_len, dtype=mask)
+    probs = x if head_mask or dropout_p > 0 else None
+    return softmax.plan_launch(x, x, probs, 0.125, causal, keys, attn_mask, head, rng, dropout_p)
+
+
+def compiled(arch: int, planned: Any, kernel: Any) -> Any:
+    _, args, constants = planned
+    return compile_kernel(triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants, kernel)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("k_len", "dtype", "features"),
+    [
+        *((2048, BF16, features) for features in FEATURES),
+        *((k_len, BF16, {}) for k_len in (64, 512, 1024, 8192, 20480)),
+        (2048, FP16, {}),
+        (2048, FP32, {}),
+        (2048, BF16, {"rows": (4, 16, 1)}),
+    ],
+)
+def test_softmax_no_spills_wide_accesses_and_half_of_all_warps(
+    arch: int, k_len: int, dtype: torch.dtype, features: dict[str, Any], backward: bool, tmp_path: Path
+) -> None:
+    if backward and {"padding", "mask"} & features.keys():
+        pytest.skip("the backward has no masks")
+    planned = plan_softmax(k_len, dtype, backward=backward, **features)
+    kernel = compiled(arch, planned, BACKWARD if backward else FORWARD)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = run("cuobjdump", "-res-usage", cubin)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
+    assert (stack, local) == ("0", "0"), usage
+    assert int(registers) <= 64  # of 65536 for 64 warps: half of them run at once
+    wide = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
+    stores = [s for s in re.findall(r"st\.global\S*", kernel.asm["ptx"]) if wide.search(s) is None]
+    assert len(stores) == (1 if backward and features.get("head_mask") else 0), stores  # the sums of rows
+    loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])
+    assert not [load for load in loads if load.endswith(("8", "16"))], loads  # rng and head mask are wider
+    assert any(map(wide.search, loads)), loads
+
+
+def test_softmax_instructions_per_element(tmp_path: Path) -> None:
+    """At most 20 in a row of which more than half is visible: without the half tile, and what only rows of NaN run."""
+    _, args, constants = plan_softmax(2048, BF16)
+    kernel = compiled(90, ((), args, {**constants, "HALVE": False}), FORWARD)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    lines = re.findall(r"^\.L_x_\d+:|/\*[0-9a-f]{4,}\*/ .*;", run("nvdisasm", "-c", cubin), re.MULTILINE)
+    lines = [line for line in lines if "NOP" not in line]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    branches = [(i, re.search(r"BRA `\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
+    skipped = [labels[target[1]] - i for i, target in branches if target]
+    assert all(n > -3 for n in skipped), "a loop would be counted once"  # but for the trap behind the end
+    elements = 2048 / (32 * constants["num_warps"])
+    assert max(skipped) <= 4 * elements
+    assert (len(lines) - len(labels) - max(skipped)) / elements <= 20
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_softmax_compiles_for_amd(backward: bool) -> None:
+    features: dict[str, Any] = {} if backward else {"padding": True, "mask": torch.bool}
+    _, args, constants = plan_softmax(1000, FP16, backward=backward, dropout_p=0.1, head_mask=True, **features)
+    target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
+    kernel = compile_kernel(target, args, constants, BACKWARD if backward else FORWARD)
+    assert "s_endpgm" in kernel.asm["amdgcn"]
+
+
+def test_softmax_lengths_between_two_powers_of_two_share_their_code() -> None:
+    """No constant depends on a length but by its power of two, and nothing but strides along keys is specialised."""
+    same = [plan_softmax(k_len, BF16, rows=(4, 16, q_len))[2] for k_len, q_len in ((1032, 64), (1600, 99), (2048, 300))]
+    assert same[0] == same[1] == same[2]
+    for kernel in (FORWARD, BACKWARD):
+        names = [p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+        rest = {name for name in names if not name.endswith("_ptr")}
+        assert rest <= {"scale", "keep_scale", "stride_mask_k", "stride_padding_k"}
+
+
+def test_softmax_grid_of_many_heads() -> None:
+    grid, _, constants = plan_softmax(8, BF16, rows=(70_000, 2, 3))
+    assert grid[1] <= 65535 and grid[1] * grid[2] >= 140_000 and grid[0] * constants["BLOCK_M"] >= 3

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["triton_interpreter_script.py", "triton_interpreter_varlen.py"])
+@pytest.mark.parametrize(
+    "name", ["triton_interpreter_script.py", "triton_interpreter_softmax.py", "triton_interpreter_varlen.py"]
+)
 def test_by_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     # A process of its own: Triton reads the variable when the kernels are imported.
