@@ -94,6 +94,11 @@ def test_between_the_elements_of_a_view() -> None:
     finds(MemoryFault, "between its elements", COPY, whole[::2], fresh(32))
 
 
+def test_neighbours_on_the_host_are_none_on_the_device() -> None:
+    whole = words(96)
+    finds(MemoryFault, "past the end", COPY.replace("[%rd2]", "[%rd2+4]"), whole[:32], whole[32:])
+
+
 def test_misaligned() -> None:
     vector = WORDS + "ld.global.v2.u32 {%r3, %r4}, [%rd2];"
     finds(MemoryFault, "misaligned load of 8 bytes", vector, words(64), fresh(1))

@@ -14,7 +14,9 @@ from ptxsim.scalars import UNSIGNED, Array
 
 VALID, INITIALISED = 1, 2  # the bits of a shadow byte
 RED_ZONE = 256  # bytes that nobody owns around every buffer; positions keep their address modulo this
-CONSTANTS = 1 << 50  # where variables of the PTX text lie: above all addresses of the host
+# On the device buffers lie far apart. On the host they may be neighbours, and who runs over the end of one would not
+# be seen.
+APART = 1 << 40
 # A generic address names a space by its upper bits.
 WINDOWS = {"shared": 1 << 56, "local": 1 << 57, "param": 1 << 58}
 WINDOW_MASK = np.uint64(sum(WINDOWS.values()))
@@ -94,11 +96,13 @@ class PartitionedSpace(Space):
 
 
 class Region:
-    """Buffers that overlap, as slices of one tensor may: one piece of the host's memory."""
+    """Buffers that overlap, as slices of one tensor may, or a variable of the PTX text: one piece of memory."""
 
-    def __init__(self, low: int, high: int, host: Array) -> None:
-        self.low, self.high, self.host = low, high, host
-        self.position = 0
+    def __init__(self, content: Array, number: int, host_address: int = 0) -> None:
+        self.content, self.host_address = content, host_address
+        self.low = (number + 1) * APART + host_address % RED_ZONE  # on the device, aligned as it is on the host
+        self.high = self.low + len(content)
+        self.position = 0  # of its bytes in the space
 
 
 def _byte_bounds(array: Array) -> tuple[int, int]:
@@ -108,59 +112,65 @@ def _byte_bounds(array: Array) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
+def _host_memory(low: int, high: int) -> Array:
+    return np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8)
+
+
 class GlobalSpace(Space):
-    """The buffers of a launch at the addresses that they have on the host, and the variables of the PTX text.
+    """The buffers of a launch and the variables of the PTX text, at addresses of a device.
 
     The kernel works on a copy; ``write_back`` lays the results out on the host.
     """
 
     def __init__(self, buffers: Sequence[Buffer], constants: dict[str, bytes]) -> None:
         buffers = [buffer for buffer in buffers if buffer.array.size]
-        self.regions: list[Region] = []
-        self.host_regions = 0
+        bounds: list[tuple[int, int]] = []
         for low, high in sorted(_byte_bounds(buffer.array) for buffer in buffers):
-            if self.regions and low < self.regions[-1].high:
-                self.regions[-1].high = max(high, self.regions[-1].high)
+            if bounds and low < bounds[-1][1]:
+                bounds[-1] = (bounds[-1][0], max(high, bounds[-1][1]))
             else:
-                self.regions.append(Region(low, high, np.empty(0, np.uint8)))
-        for region in self.regions:
-            length = region.high - region.low
-            region.host = np.frombuffer((ctypes.c_uint8 * length).from_address(region.low), np.uint8)
-        self.host_regions = len(self.regions)
-        self.symbols: dict[str, int] = {}
-        address = CONSTANTS
-        for name, content in constants.items():
-            self.symbols[name] = address
-            self.regions.append(Region(address, address + len(content), np.frombuffer(content, np.uint8)))
-            address += -(-len(content) // RED_ZONE) * RED_ZONE + RED_ZONE
+                bounds.append((low, high))
+        self.buffers = [Region(_host_memory(*ends), i, ends[0]) for i, ends in enumerate(bounds)]
+        self.variables = {
+            name: Region(np.frombuffer(content, np.uint8), len(bounds) + i)
+            for i, (name, content) in enumerate(constants.items())
+        }
+        self.symbols = {name: region.low for name, region in self.variables.items()}
+        self.regions = [*self.buffers, *self.variables.values()]
         self._lay_out()
-        for region in self.regions[self.host_regions :]:
-            self.shadow[region.position : region.position + len(region.host)] = VALID | INITIALISED
-        # What one buffer calls fresh and another does not is fresh: the caller passes an output once.
-        for buffer in sorted(buffers, key=lambda buffer: not buffer.initialised):
+        for region in self.variables.values():
+            self.shadow[region.position : region.position + len(region.content)] = VALID | INITIALISED
+        for buffer in buffers:
             self._own(buffer)
 
     def _lay_out(self) -> None:
         end = RED_ZONE
         for region in self.regions:
             region.position = -(-end // RED_ZONE) * RED_ZONE + region.low % RED_ZONE
-            end = region.position + (region.high - region.low) + RED_ZONE
+            end = region.position + len(region.content) + RED_ZONE
         super().__init__("global", end)
         for region in self.regions:
-            self.bytes[region.position : region.position + len(region.host)] = region.host
+            self.bytes[region.position : region.position + len(region.content)] = region.content
         self.lows = np.array([region.low for region in self.regions] or [0], np.uint64)
         self.highs = np.array([region.high for region in self.regions] or [0], np.uint64)
         self.shifts = np.array([region.position - region.low for region in self.regions] or [0], np.int64)
 
     def _own(self, buffer: Buffer) -> None:
         """Mark the bytes of the elements."""
-        address = buffer.array.__array_interface__["data"][0]
+        address = self.on_device(buffer.array.__array_interface__["data"][0])
         at = int(np.searchsorted(self.lows, np.uint64(address), side="right")) - 1
         shape = (*buffer.array.shape, buffer.array.itemsize)
         elements = np.lib.stride_tricks.as_strided(
             self.shadow[address + int(self.shifts[at]) :], shape, (*buffer.array.strides, 1)
         )
         elements[...] |= VALID | (INITIALISED if buffer.initialised else 0)
+
+    def on_device(self, word: int) -> int:
+        """The device's address of a byte of a buffer; any other number stays what it is."""
+        for region in self.buffers:
+            if region.host_address <= word < region.host_address + len(region.content):
+                return word - region.host_address + region.low
+        return word
 
     def locate(self, addresses: Array, lanes: Array) -> Array:
         if not addresses.size:
@@ -184,7 +194,7 @@ class GlobalSpace(Space):
         return f"byte {address - nearest.low} of a buffer of {length} bytes, between its elements or at its end"
 
     def write_back(self) -> None:
-        for region in self.regions[: self.host_regions]:
-            result = self.bytes[region.position : region.position + len(region.host)]
-            if not np.array_equal(region.host, result):
-                region.host[:] = result
+        for region in self.buffers:
+            result = self.bytes[region.position : region.position + len(region.content)]
+            if not np.array_equal(region.content, result):
+                region.content[:] = result

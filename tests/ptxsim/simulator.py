@@ -63,7 +63,7 @@ def launch(
             raise fault(message)
 
     memory = GlobalSpace(buffers, module.constants)
-    parameters = _parameters(chosen, arguments)
+    parameters = _on_device(_parameters(chosen, arguments), memory)
     counters = Counters()
     for traffic in (counters.loads, counters.stores):
         traffic.touched = np.zeros(len(memory.bytes) // SECTOR + 2, bool)
@@ -114,6 +114,13 @@ def _parameters(kernel: Kernel, arguments: Sequence[Argument]) -> bytes:
             raise PtxError(f"{kernel.name}: {len(content)} bytes for a parameter of {place.size}")
         result[place.offset : place.offset + place.size] = content
     return bytes(result)
+
+
+def _on_device(parameters: bytes, memory: GlobalSpace) -> bytes:
+    """Every word that points into a buffer, of a struct too, becomes the device's address."""
+    whole = parameters.ljust(-(-len(parameters) // 8) * 8, b"\0")
+    words = [memory.on_device(word) for (word,) in struct.iter_unpack("<Q", whole)]
+    return struct.pack(f"<{len(words)}Q", *words)[: len(parameters)]
 
 
 def _granule(kernel: Kernel, space: str) -> int:
