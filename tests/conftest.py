@@ -8,7 +8,7 @@ from pathlib import Path
 # which transformers imports. So the root leaves sys.path before anything is imported.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests"))  # for what tests share, such as softmax_checks
+sys.path.append(str(ROOT / "tests"))  # for what tests share: softmax_checks, ptxsim
 
 import pytest
 import torch
