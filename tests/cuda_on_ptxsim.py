@@ -1,0 +1,140 @@
+"""CUDA kernels on a machine without a GPU: the ops compiled by nvcc as they are, and their PTX run by ptxsim.
+
+The ops are registered for CPU tensors under a name of their own. What they launch, down to the bytes of the
+arguments, is recorded by a CUDA runtime that only listens (fake_cuda_runtime.cpp), and then run on the memory of
+these tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ptxsim import Buffer, Counters, Module, launch, parse
+from tensor_memory import as_array
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "csrc"))
+from toolchain import CannotBuild, find_compiler, find_cuda, find_torch, run  # noqa: E402 - found by the line above
+
+sys.path.remove(str(ROOT / "csrc"))
+
+ARCHS = (80, 90, 100)
+LIBRARY = "neox_kernels_on_ptxsim"
+# Included before each source: its ops get another name, and those for CUDA tensors take CPU tensors.
+PREFIX = f"""
+#include <torch/csrc/stable/library.h>
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
+#define neox_kernels {LIBRARY}
+"""
+HOOK = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+@dataclass
+class Launch:
+    kernel: str
+    grid: list[int]
+    block: list[int]
+    shared_bytes: int
+    arguments: list[bytes]
+
+
+class CudaOps:
+    """The ops of csrc/cuda, and the PTX of their kernels by architecture."""
+
+    def __init__(self, folder: Path) -> None:
+        """Compile into the folder. Raises CannotBuild where a tool is missing."""
+        nvcc, cxx, (include, _) = find_cuda().nvcc, find_compiler(), find_torch()
+        (folder / "prefix.h").write_text(PREFIX)
+        target = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
+        common = [*target, "-isystem", include, "-include", folder / "prefix.h"]
+        archs = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
+        objects = [folder / "schema.o", folder / "runtime.o"]
+        run([*cxx, "-fPIC", *common, "-c", ROOT / "csrc/schema.cpp", "-o", objects[0]])
+        run([*cxx, "-fPIC", "-c", ROOT / "tests/fake_cuda_runtime.cpp", "-o", objects[1]])
+        texts: dict[int, list[Path]] = {arch: [] for arch in ARCHS}
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append(folder / f"{source.stem}.o")
+            words = [
+                nvcc,
+                "--expt-relaxed-constexpr",
+                "-Xcompiler=-fPIC",
+                "--keep",
+                "--keep-dir",
+                folder,
+                *archs,
+                *common,
+            ]
+            run([*words, "-c", source, "-o", objects[-1]])
+            for arch in ARCHS:
+                texts[arch].append(folder / f"{source.stem}.compute_{arch}.ptx")
+        # Its own runtime comes first, also where the process has a real one.
+        library = folder / f"{LIBRARY}.so"
+        torch_folder = Path(torch.__file__).parent / "lib"
+        run([*cxx, "-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}", "-ltorch_cpu", "-ltorch", "-o", library])
+        torch.ops.load_library(library)
+        self.ops = getattr(torch.ops, LIBRARY)
+        self.kernels: dict[int, dict[str, Module]] = {arch: {} for arch in ARCHS}
+        self.texts: dict[int, dict[str, Path]] = {arch: {} for arch in ARCHS}
+        for arch, paths in texts.items():
+            for path in paths:
+                module = parse(path.read_text())
+                self.kernels[arch] |= dict.fromkeys(module.kernels, module)
+                self.texts[arch] |= dict.fromkeys(module.kernels, path)
+        self.launches: list[Launch] = []
+        self._hook = HOOK(self._record)  # kept: the library only has its address
+        ctypes.CDLL(str(library)).neox_set_launch_hook(self._hook)
+
+    def _record(self, name: bytes, grid: Any, block: Any, shared_bytes: int, arguments: Any) -> None:
+        kernel = name.decode()
+        places = self.kernels[ARCHS[0]][kernel].kernels[kernel].parameters.values()
+        contents = [ctypes.string_at(arguments[i], place.size) for i, place in enumerate(places)]
+        self.launches.append(Launch(kernel, grid[:3], block[:3], shared_bytes, contents))
+
+    def call(self, name: str, arch: int, *arguments: Any) -> tuple[Any, list[Counters]]:
+        """What the op gives, once its launches have run as on this architecture, and what they cost."""
+        self.launches.clear()
+        result = getattr(self.ops, name)(*arguments)
+        given = [x for x in arguments if isinstance(x, Tensor)]
+        made = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
+        fresh = [x for x in made if all(x.data_ptr() != y.data_ptr() for y in given)]
+        buffers = [*(Buffer(as_array(x)) for x in given), *(Buffer(as_array(x), False) for x in fresh)]
+        counters = []
+        for one in self.launches:
+            module = self.kernels[arch][one.kernel]
+            counters.append(
+                launch(
+                    module,
+                    one.grid,
+                    one.block,
+                    one.arguments,
+                    buffers,
+                    shared_bytes=one.shared_bytes,
+                    kernel=one.kernel,
+                )
+            )
+        return result, counters
+
+
+def missing() -> str | None:
+    """Why the CUDA ops cannot be compiled here."""
+    try:
+        find_cuda()
+        find_compiler()
+        find_torch()
+    except CannotBuild as reason:
+        return str(reason)
+    return None
