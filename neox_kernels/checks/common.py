@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -45,3 +46,19 @@ def require_writable(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have a contiguous last dimension to be written, not the stride {strides[-1]}")
     if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
         raise ValueError(f"{name} must not be an expanded tensor to be written: its strides are {strides}")
+
+
+def refuse(error: Exception, check: Callable[..., None], *args: object) -> NoReturn:
+    """Raise what ``check`` says of the arguments of a call that failed; ``error`` itself, if it finds nothing wrong.
+
+    The compiled ops check for themselves, in nanoseconds, and say little: the words are for those who need them.
+    """
+    try:
+        check(*args)
+        raise error
+    except Exception as raised:
+        if raised is not error:
+            raised.__suppress_context__ = True  # one story, not two
+        raise
+    finally:
+        del error  # it holds the frames that hold it

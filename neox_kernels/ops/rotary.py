@@ -8,6 +8,7 @@ from torch import Tensor
 
 from neox_kernels import backends
 from neox_kernels.checks import rotary as checks
+from neox_kernels.checks.common import refuse
 from neox_kernels.reference import rotary as reference
 
 Layout = Literal["bshd", "bhsd"]
@@ -78,15 +79,21 @@ def apply_rotary(
         )
         return result
     except Exception as error:
-        refusal = error
-    try:
-        # The compiled ops check for themselves, in nanoseconds; this says in words which argument they refused.
-        checks.require_rotary(
-            "x", x, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
+        refuse(
+            error,
+            checks.require_rotary,
+            "x",
+            x,
+            cos,
+            sin,
+            interleaved,
+            position_ids,
+            seqlen_offsets,
+            cu_seqlens,
+            max_seqlen,
+            inplace,
+            layout,
         )
-        raise refusal
-    finally:
-        del refusal  # it holds this frame, which holds it
 
 
 def apply_rotary_qk(
@@ -143,15 +150,21 @@ def apply_rotary_qk(
         )
         return result
     except Exception as error:
-        refusal = error
-    try:
-        # The compiled ops check for themselves, in nanoseconds; this says in words which argument they refused.
-        checks.require_rotary_qk(
-            q, k, cos, sin, interleaved, position_ids, seqlen_offsets, cu_seqlens, max_seqlen, inplace, layout
+        refuse(
+            error,
+            checks.require_rotary_qk,
+            q,
+            k,
+            cos,
+            sin,
+            interleaved,
+            position_ids,
+            seqlen_offsets,
+            cu_seqlens,
+            max_seqlen,
+            inplace,
+            layout,
         )
-        raise refusal
-    finally:
-        del refusal  # it holds this frame, which holds it
 
 
 def apply_rotary_kv_append(
@@ -217,12 +230,21 @@ def apply_rotary_kv_append(
         )
         return result
     except Exception as error:
-        refusal = error
-    try:
-        checks.require_kv_append(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, interleaved, position_ids, layout)
-        raise refusal
-    finally:
-        del refusal  # it holds this frame, which holds it
+        refuse(
+            error,
+            checks.require_kv_append,
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            interleaved,
+            position_ids,
+            layout,
+        )
 
 
 def _validate(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from neox_kernels import backends
+from neox_kernels.checks.common import refuse
 from neox_kernels.checks.softmax import require_causal_softmax
 
 
@@ -77,12 +78,17 @@ def causal_softmax(
         )
         return result
     except Exception as error:
-        refusal = error
-    try:
-        # The compiled op checks for itself, in nanoseconds; this says in words which argument it refused.
-        require_causal_softmax(
-            scores, scale, causal, key_padding_mask, attn_mask, head_mask, dropout_p, rng, inplace, dtype
+        refuse(
+            error,
+            require_causal_softmax,
+            scores,
+            scale,
+            causal,
+            key_padding_mask,
+            attn_mask,
+            head_mask,
+            dropout_p,
+            rng,
+            inplace,
+            dtype,
         )
-        raise refusal
-    finally:
-        del refusal  # it holds this frame, which holds it

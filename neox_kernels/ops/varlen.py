@@ -7,13 +7,14 @@ other's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
 from torch import Tensor
 
 from neox_kernels import backends
 from neox_kernels.checks import varlen as checks
+from neox_kernels.checks.common import refuse
 from neox_kernels.reference import varlen as reference
 
 
@@ -76,13 +77,27 @@ def varlen_metadata(
             max_seqlen = longest if max_seqlen is None else max_seqlen
         return VarlenMetadata(indices, cu_seqlens, max_seqlen, inverse)
     except Exception as error:
-        refusal = error
+        refuse(error, checks.require_varlen_metadata, attention_mask, capacity, max_seqlen)
+
+
+def _gather(
+    op: str,
+    check: Callable[[object, object], None],
+    tensors: Tensor | Sequence[Tensor],
+    metadata: VarlenMetadata,
+) -> Tensor | tuple[Tensor, ...]:
     try:
-        # The compiled ops check for themselves; this says in words what they refused.
-        checks.require_varlen_metadata(attention_mask, capacity, max_seqlen)
-        raise refusal
-    finally:
-        del refusal  # it holds this frame, which holds it
+        serve, checks_itself = backends.select(op, metadata.indices.device.type, None)
+        if not checks_itself:
+            check(tensors, metadata)
+        if isinstance(tensors, Tensor):
+            result: Tensor = serve([tensors], metadata.indices, metadata.inverse)[0]
+            return result
+        if tensors:
+            return tuple(serve(list(tensors), metadata.indices, metadata.inverse))
+        raise ValueError("tensors must not be empty")
+    except Exception as error:
+        refuse(error, check, tensors, metadata)
 
 
 @overload
@@ -109,23 +124,7 @@ def unpad_input(tensors: Tensor | Sequence[Tensor], metadata: VarlenMetadata) ->
     Source: NVIDIA's MLPerf BERT, https://github.com/mlcommons/training_results_v1.1. Oracle:
     ``neox_kernels.reference.unpad_input``.
     """
-    try:
-        serve, checks_itself = backends.select("unpad_input", metadata.indices.device.type, None)
-        if not checks_itself:
-            checks.require_unpad(tensors, metadata)
-        if isinstance(tensors, Tensor):
-            result: Tensor = serve([tensors], metadata.indices, metadata.inverse)[0]
-            return result
-        if tensors:
-            return tuple(serve(list(tensors), metadata.indices, metadata.inverse))
-        raise ValueError("tensors must not be empty")
-    except Exception as error:
-        refusal = error
-    try:
-        checks.require_unpad(tensors, metadata)
-        raise refusal
-    finally:
-        del refusal
+    return _gather("unpad_input", checks.require_unpad, tensors, metadata)
 
 
 @overload
@@ -150,23 +149,7 @@ def pad_input(tensors: Tensor | Sequence[Tensor], metadata: VarlenMetadata) -> T
     Source: NVIDIA's MLPerf BERT, https://github.com/mlcommons/training_results_v1.1. Oracle:
     ``neox_kernels.reference.pad_input``.
     """
-    try:
-        serve, checks_itself = backends.select("pad_input", metadata.indices.device.type, None)
-        if not checks_itself:
-            checks.require_pad(tensors, metadata)
-        if isinstance(tensors, Tensor):
-            result: Tensor = serve([tensors], metadata.indices, metadata.inverse)[0]
-            return result
-        if tensors:
-            return tuple(serve(list(tensors), metadata.indices, metadata.inverse))
-        raise ValueError("tensors must not be empty")
-    except Exception as error:
-        refusal = error
-    try:
-        checks.require_pad(tensors, metadata)
-        raise refusal
-    finally:
-        del refusal
+    return _gather("pad_input", checks.require_pad, tensors, metadata)
 
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
@@ -194,12 +177,7 @@ def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
         result: Tensor = serve(x, indices)
         return result
     except Exception as error:
-        refusal = error
-    try:
-        checks.require_index_first_axis(x, indices)
-        raise refusal
-    finally:
-        del refusal
+        refuse(error, checks.require_index_first_axis, x, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
