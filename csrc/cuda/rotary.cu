@@ -3,8 +3,6 @@
 // A block takes blockDim.z tokens. The threads of a token are blockDim.x pieces of the rotated features by blockDim.y heads:
 // each reads its piece of cos and sin once, keeps it in registers, and walks over the heads of q and k. The work is memory
 // traffic: every element is read once and written once, by the widest access that all addresses allow.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -12,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/pack.cuh"
 #include "rotary_ops.h"
 
 // Weak, so that the library loads under a torch without CUDA, where nothing calls it.
@@ -25,47 +24,6 @@ constexpr int kThreads = 128;  // of a block, at most
 // Rows of a batch; variable-length input is one.
 __host__ __device__ inline int64_t rows_of(const RotaryArgs& args) {
   return args.cu_seqlens.data != nullptr ? 1 : args.batch;
-}
-
-template <int kBytes>
-struct Bytes;
-template <>
-struct Bytes<16> { using type = uint4; };
-template <>
-struct Bytes<8> { using type = uint2; };
-template <>
-struct Bytes<4> { using type = uint32_t; };
-template <>
-struct Bytes<2> { using type = uint16_t; };
-
-// kVec neighbouring elements, moved by accesses of up to 16 bytes.
-template <class T, int kVec>
-union Pack {
-  static constexpr int kBytes = sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16;
-  static constexpr int kAccesses = sizeof(T) * kVec / kBytes;
-  using Access = typename Bytes<kBytes>::type;
-
-  Access access[kAccesses];
-  T at[kVec];
-
-  __device__ Pack() {}
-  __device__ explicit Pack(const T* from) {
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) access[i] = reinterpret_cast<const Access*>(from)[i];
-  }
-  __device__ void store(T* to) const {
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<Access*>(to)[i] = access[i];
-  }
-};
-
-// Two at a time: one conversion instruction rounds and packs both.
-__device__ inline void round_pair(float a, float b, float* out) { out[0] = a, out[1] = b; }
-__device__ inline void round_pair(float a, float b, __nv_bfloat16* out) {
-  *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(a, b);
-}
-__device__ inline void round_pair(float a, float b, __half* out) {
-  *reinterpret_cast<__half2*>(out) = __floats2half2_rn(a, b);
 }
 
 template <class Table, int kPairs>
