@@ -11,43 +11,19 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from neox_kernels.kernels import rotary, softmax, softmax_backward  # noqa: E402 - not without triton
+from triton_compile import compile_kernel  # noqa: E402 - not without triton
+
+from neox_kernels.kernels import rotary, softmax, softmax_backward  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-DTYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
 # nheads, head_dim, rotary_dim
 FULL, PYTHIA, NEOX, GPTJ = (16, 128, 128), (16, 128, 32), (64, 96, 24), (16, 256, 64)
 
 
-def compile_kernel(target: Any, args: dict[str, Any], constants: dict[str, Any], kernel: Any = None) -> Any:
-    """What a launch of the kernel, the rotary one unless named, with these arguments compiles, for any target."""
-    kernel = kernel or rotary._rotary_kernel
-    signature, constexprs, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = constants[parameter.name] if parameter.is_constexpr else args[parameter.name]
-        specialised = isinstance(value, Tensor) or not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{DTYPES[value.dtype]}"
-            aligned = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name], aligned = "fp32", False
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = specialised and value % 16 == 0
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options={"num_warps": constants["num_warps"]})
+def compile_for(
+    target: Any, args: dict[str, Any], constants: dict[str, Any], kernel: Any = rotary._rotary_kernel
+) -> Any:
+    return compile_kernel(kernel, target, {**args, **constants}, num_warps=constants["num_warps"])[0]
 
 
 def plan(shape: tuple[int, int, int], dtype: torch.dtype, interleaved: bool, kind: str = "qk") -> Any:
@@ -88,7 +64,7 @@ def test_no_spills_and_wide_accesses(
     arch: int, shape: tuple[int, int, int], dtype: torch.dtype, interleaved: bool, kind: str, tmp_path: Path
 ) -> None:
     _, args, constants = plan(shape, dtype, interleaved, kind)
-    kernel = compile_kernel(triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants)
+    kernel = compile_for(triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     usage = run("cuobjdump", "-res-usage", cubin)
@@ -113,7 +89,7 @@ def test_no_spills_and_wide_accesses(
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_compiles_for_amd(interleaved: bool) -> None:
     _, args, constants = plan(NEOX, torch.bfloat16, interleaved, "kv_append")
-    kernel = compile_kernel(triton.backends.compiler.GPUTarget("hip", "gfx942", 64), args, constants)
+    kernel = compile_for(triton.backends.compiler.GPUTarget("hip", "gfx942", 64), args, constants)
     assert "s_endpgm" in kernel.asm["amdgcn"]
 
 
@@ -174,7 +150,7 @@ def plan_softmax(
 
 def compiled(arch: int, planned: Any, kernel: Any) -> Any:
     _, args, constants = planned
-    return compile_kernel(triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants, kernel)
+    return compile_for(triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants, kernel)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -232,7 +208,7 @@ def test_softmax_compiles_for_amd(backward: bool) -> None:
     features: dict[str, Any] = {} if backward else {"padding": True, "mask": torch.bool}
     _, args, constants = plan_softmax(1000, FP16, backward=backward, dropout_p=0.1, head_mask=True, **features)
     target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
-    kernel = compile_kernel(target, args, constants, BACKWARD if backward else FORWARD)
+    kernel = compile_for(target, args, constants, BACKWARD if backward else FORWARD)
     assert "s_endpgm" in kernel.asm["amdgcn"]
 
 

@@ -11,32 +11,15 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from neox_kernels.kernels import varlen  # noqa: E402 - not without triton
+from triton_compile import compile_kernel  # noqa: E402 - not without triton
+
+from neox_kernels.kernels import varlen  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
-TYPES |= {torch.bool: "i1", torch.uint8: "u8"}
 
 
-def compile_kernel(kernel: Any, target: Any, args: dict[str, Any], constants: dict[str, Any]) -> Any:
-    """What a launch with these arguments compiles, for any target."""
-    signature, constexprs, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = constants[parameter.name] if parameter.is_constexpr else args[parameter.name]
-        specialised = isinstance(value, Tensor) or not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            aligned = value.data_ptr() % 16 == 0
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = specialised and value % 16 == 0
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options={"num_warps": varlen.NUM_WARPS})
+def compile_for(target: Any, kernel: Any, args: dict[str, Any], constants: dict[str, Any]) -> Any:
+    return compile_kernel(kernel, target, {**args, **constants}, num_warps=varlen.NUM_WARPS)[0]
 
 
 def assert_no_spill(kernel: Any, tmp_path: Path) -> None:
@@ -64,9 +47,7 @@ def plan(tensors: tuple[Tensor, ...]) -> Any:
 @pytest.mark.parametrize("case", TENSORS)
 def test_rows_move_by_16_bytes(case: str, arch: int, tmp_path: Path) -> None:
     _, args, constants = plan(TENSORS[case])
-    kernel = compile_kernel(
-        varlen._gather_kernel, triton.backends.compiler.GPUTarget("cuda", arch, 32), args, constants
-    )
+    kernel = compile_for(triton.backends.compiler.GPUTarget("cuda", arch, 32), varlen._gather_kernel, args, constants)
     assert_no_spill(kernel, tmp_path)
     stores, loads = (re.findall(rf"{name}\.global\S*", kernel.asm["ptx"]) for name in ("st", "ld"))
     wide = re.compile(r"\.v2\.b64|\.v4\.b32")
@@ -80,15 +61,15 @@ def test_metadata(dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
     _, _, counting, placing = varlen.plan_metadata(torch.empty(3, 40, dtype=dtype), 100)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     for kernel, args in ((varlen._count_kernel, counting), (varlen._metadata_kernel, placing)):
-        assert_no_spill(compile_kernel(kernel, target, args, {"BLOCK": 1024}), tmp_path)
+        assert_no_spill(compile_for(target, kernel, args, {"BLOCK": 1024}), tmp_path)
 
 
 def test_compiles_for_amd() -> None:
     target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
     _, args, constants = plan(TENSORS["packed qkv"])
-    assert "s_endpgm" in compile_kernel(varlen._gather_kernel, target, args, constants).asm["amdgcn"]
+    assert "s_endpgm" in compile_for(target, varlen._gather_kernel, args, constants).asm["amdgcn"]
     placing = varlen.plan_metadata(torch.empty(3, 40, dtype=torch.bool), 100)[3]
-    assert "s_endpgm" in compile_kernel(varlen._metadata_kernel, target, placing, {"BLOCK": 1024}).asm["amdgcn"]
+    assert "s_endpgm" in compile_for(target, varlen._metadata_kernel, placing, {"BLOCK": 1024}).asm["amdgcn"]
 
 
 def test_no_length_is_compiled_anew() -> None:
