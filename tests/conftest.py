@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # At the repository's root `import kernels` would find our folder in place of Hugging Face's package of that name,
 # which transformers imports. So the root leaves sys.path before anything is imported.
@@ -48,3 +49,14 @@ def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
     finally:
         compiled.cpu_isa(before)
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA ops on ptxsim (cuda_on_ptxsim.CudaOps), compiled once: nvcc takes two minutes."""
+    from cuda_on_ptxsim import CudaOps, missing
+
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    return CudaOps(tmp_path_factory.mktemp("cuda"))

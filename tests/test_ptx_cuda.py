@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_on_ptxsim import ARCHS, CudaOps, missing
+from cuda_on_ptxsim import ARCHS, CudaOps
 from ptxsim import MemoryFault, parse
 from torch import Tensor
 
@@ -19,14 +19,6 @@ from neox_kernels.testing import assert_within_budget, to_float64
 
 INTERLEAVED, HEADS_FIRST, CONJUGATE = 1, 2, 4
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> CudaOps:
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    return CudaOps(tmp_path_factory.mktemp("cuda"))
 
 
 def heads(view: str, tokens: tuple[int, ...], nheads: int, head_dim: int, dtype: torch.dtype) -> Tensor:

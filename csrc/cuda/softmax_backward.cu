@@ -15,7 +15,7 @@ __device__ void load_gradient(const SoftmaxArgs& args, const Plan& plan, const R
   if constexpr (kGeneral) {
     if (args.rng != nullptr) hidden = dropped<kVec>(args, row, k);
   }
-  if (k + kVec > row.visible) hidden |= ~0u << (row.visible - k);
+  hidden |= (~0u << min(row.visible - k, kVec)) & ((1u << kVec) - 1);
   if (hidden != 0) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) g.at[j] = (hidden >> j & 1) != 0 ? T(0.0f) : g.at[j];
