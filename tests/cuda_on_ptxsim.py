@@ -52,6 +52,12 @@ class Launch:
     arguments: list[bytes]
 
 
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among these values, and among those of lists and tuples."""
+    lists = [[x] if isinstance(x, Tensor) else tensors_in(x) for x in values if isinstance(x, Tensor | list | tuple)]
+    return [x for found in lists for x in found]
+
+
 class CudaOps:
     """The ops of csrc/cuda, and the PTX of their kernels by architecture."""
 
@@ -108,8 +114,7 @@ class CudaOps:
         """What the op gives, once its launches have run as on this architecture, and what they cost."""
         self.launches.clear()
         result = getattr(self.ops, name)(*arguments)
-        given = [x for x in arguments if isinstance(x, Tensor)]
-        made = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
+        given, made = tensors_in(arguments), tensors_in([result])
         fresh = [x for x in made if all(x.data_ptr() != y.data_ptr() for y in given)]
         buffers = [*(Buffer(as_array(x)) for x in given), *(Buffer(as_array(x), False) for x in fresh)]
         counters = []
