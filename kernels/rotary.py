@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neox_kernels.kernels.launch import power_of_2_from
+
 # Two warps a program: each thread then turns two heads or more by the cos and sin that it holds. For 16 heads of 128
 # bfloat16 features that is 9 instructions per element on sm_90, against 12 with four warps.
 NUM_WARPS = 2
@@ -184,18 +186,14 @@ def _rotary_kernel(
         )  # fmt: skip
 
 
-def _power_of_2_from(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()  # Triton's own is not traced by torch.compile
-
-
 def block_sizes(head_dim: int, rotary_dim: int, nheads: tuple[int, ...], itemsize: int) -> dict[str, int]:
     """Tokens, heads, pairs of features and copied columns that a program holds at once.
 
     Nothing here depends on a length, so that a new length compiles nothing.
     """
-    pairs = _power_of_2_from(rotary_dim // 2)
+    pairs = power_of_2_from(rotary_dim // 2)
     # Two accesses of 16 bytes for each thread, and no more than 64 features.
-    rows = min(2 * THREADS * 16 // (pairs * itemsize), THREADS * 64 // _power_of_2_from(head_dim))
+    rows = min(2 * THREADS * 16 // (pairs * itemsize), THREADS * 64 // power_of_2_from(head_dim))
     rows = max(1, rows)
     # The largest block of heads that leaves at most an eighth of the rows without a head: 64 heads fill 16 at a time,
     # 12 fill 4, and 71 fill 8.
@@ -204,7 +202,7 @@ def block_sizes(head_dim: int, rotary_dim: int, nheads: tuple[int, ...], itemsiz
         block_h //= 2
     # A power of two that divides the copied columns leaves none to mask; 16 are a sector of memory or more.
     copied = (head_dim - rotary_dim) or head_dim
-    block_c = min(max(16, copied & -copied), 64, _power_of_2_from(copied))
+    block_c = min(max(16, copied & -copied), 64, power_of_2_from(copied))
     return {"BLOCK_M": rows // block_h, "BLOCK_H": block_h, "BLOCK_F": pairs, "BLOCK_C": block_c}
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
+from neox_kernels.kernels.launch import last_dim_contiguous, launch, mark_written, needs_grad
 from neox_kernels.kernels.rotary import THREADS, Table, _rotary_kernel, plan_launch
 
 
@@ -24,15 +23,7 @@ def _launch(
         return
     if args["ntokens"] >= 2**31 - THREADS:
         raise ValueError(f"the triton backend counts tokens in 32 bits, and these are {args['ntokens']}")
-    if inputs[0].is_cuda:
-        with torch.cuda.device(inputs[0].device):  # Triton launches on the current device
-            _rotary_kernel[grid](**args, **constants)
-    else:
-        _rotary_kernel[grid](**args, **constants)  # Triton's interpreter
-
-
-def _last_dim_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    launch(_rotary_kernel, grid, inputs[0], **args, **constants)
 
 
 def _table(
@@ -49,12 +40,12 @@ def _table(
         offsets = offsets.contiguous()
     else:
         offsets, offset = None, offsets or 0
-    cos, sin = _last_dim_contiguous(cos), _last_dim_contiguous(sin)
+    cos, sin = last_dim_contiguous(cos), last_dim_contiguous(sin)
     return cos, sin, position_ids, offsets, offset, cu_seqlens, interleaved, layout == "bhsd", False
 
 
 def _rotated(inputs: tuple[Tensor, ...], table: Table) -> tuple[Tensor, ...]:
-    inputs = tuple(_last_dim_contiguous(x) for x in inputs)
+    inputs = tuple(last_dim_contiguous(x) for x in inputs)
     outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     _launch(inputs, outputs, table)
     return outputs
@@ -107,25 +98,15 @@ class _RotaryQK(torch.autograd.Function):
 
 
 def _apply(inputs: tuple[Tensor, ...], table: Table, inplace: bool) -> tuple[Tensor, ...]:
-    if forward_ad._current_level >= 0:  # a launch would drop the tangents without a word
-        raise NotImplementedError("the triton backend has no forward-mode derivative; use_backend('reference') has")
-    if not (torch.is_grad_enabled() and any([x.requires_grad for x in inputs])):
+    if not needs_grad(*inputs):
         if not inplace:
             return _rotated(inputs, table)
         _launch(inputs, inputs, table)
-        _mark_written(*inputs)
+        mark_written(*inputs)
         return inputs
     outputs = (_Rotary.apply(*inputs, *table),) if len(inputs) == 1 else _RotaryQK.apply(*inputs, *table)
     # copy_ knows every rule of autograd about writing into views and leaves.
     return tuple(x.copy_(y) for x, y in zip(inputs, outputs, strict=True)) if inplace else outputs
-
-
-def _mark_written(*tensors: Tensor) -> None:
-    """Tell autograd, which sees no launch, that these were written."""
-    if not torch.compiler.is_compiling():
-        for tensor in tensors:
-            if not tensor.is_inference():
-                increment_version(tensor)
 
 
 def apply_rotary(
@@ -184,9 +165,9 @@ def apply_rotary_kv_append(
     cache_seqlens = cache_seqlens.contiguous()
     offsets = cache_seqlens if position_ids is None else None
     table = _table(cos, sin, position_ids, offsets, None, interleaved, layout)
-    q, k, v = (_last_dim_contiguous(x) for x in (q, k, v))
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cache_length = k_cache.shape[2 if layout == "bhsd" else 1]
     _launch((q, k, v), (q_out, k_cache, v_cache), table, cache_seqlens, cache_length)
-    _mark_written(k_cache, v_cache)
+    mark_written(k_cache, v_cache)
     return q_out

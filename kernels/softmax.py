@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neox_kernels.kernels.rotary import _power_of_2_from
+from neox_kernels.kernels.launch import power_of_2_from
 
 MAX_BLOCK_K = 8192
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -217,7 +217,7 @@ def block_sizes(q_len: int, k_len: int, heads: int, causal: bool, per_thread: in
         heads: of all sequences together.
         per_thread: elements for a thread to hold, such that 64 registers do, with which half of all warps run at once.
     """
-    block_k = max(64, _power_of_2_from(k_len))
+    block_k = max(64, power_of_2_from(k_len))
     loop = block_k > MAX_BLOCK_K
     if loop:
         block_k = 128 * per_thread

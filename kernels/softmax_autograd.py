@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from neox_kernels.kernels.rotary_autograd import _last_dim_contiguous, _mark_written
+from neox_kernels.kernels.launch import last_dim_contiguous, launch, mark_written, needs_grad
 from neox_kernels.kernels.softmax import _softmax_kernel, plan_launch
 from neox_kernels.kernels.softmax_backward import _softmax_backward_kernel, plan_backward
 
@@ -20,11 +19,7 @@ def _launch(kernel: Any, x: Tensor, plan: tuple[tuple[int, int, int], dict[str, 
     # Keys are counted in 32 bits, up to the end of a block behind the last; batch * nheads and a block of queries too.
     if x.shape[3] >= 2**31 - 2**14 or x.shape[2] >= 2**31 - 2**14 or x.shape[0] * x.shape[1] >= 2**31 - 2**16:
         raise ValueError(f"the triton backend counts queries, keys and heads in 32 bits, and scores are {x.shape}")
-    if x.is_cuda:
-        with torch.cuda.device(x.device):  # Triton launches on the current device
-            kernel[grid](**args, **constants)
-    else:
-        kernel[grid](**args, **constants)  # Triton's interpreter
+    launch(kernel, grid, x, **args, **constants)
 
 
 def _forward(scores: Tensor, out: Tensor, probs: Tensor | None, *rest: Any) -> None:
@@ -45,7 +40,7 @@ class _CausalSoftmax(torch.autograd.Function):
         dropout_p: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        x = _last_dim_contiguous(scores)
+        x = last_dim_contiguous(scores)
         out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
         separate = head_mask is not None or dropout_p > 0
         probs = torch.empty(scores.shape, dtype=dtype, device=scores.device) if separate else None
@@ -95,7 +90,7 @@ class _Backward(torch.autograd.Function):
         out = torch.empty(probs.shape, dtype=dtype, device=probs.device)
         # Zeros, for where k_len is 0 nothing is launched.
         dots = torch.zeros(probs.shape[:3], dtype=torch.float32, device=probs.device) if with_dots else None
-        grad, probs = _last_dim_contiguous(grad), _last_dim_contiguous(probs)
+        grad, probs = last_dim_contiguous(grad), last_dim_contiguous(probs)
         plan = plan_backward(grad, probs, out, dots, scale, causal, head_mask, rng, dropout_p)
         _launch(_softmax_backward_kernel, probs, plan)
         return out, dots
@@ -121,17 +116,14 @@ def causal_softmax(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`neox_kernels.causal_softmax`; with ``dropout_p`` it needs ``rng``."""
-    if forward_ad._current_level >= 0:  # a launch would drop the tangents without a word
-        raise NotImplementedError("the triton backend has no forward-mode derivative; use_backend('reference') has")
     rng = None if rng is None else rng.contiguous()
     rest = scale, causal, key_padding_mask, attn_mask, head_mask, rng, dropout_p
-    inputs = [x for x in (scores, attn_mask, head_mask) if x is not None]
-    with_grad = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+    with_grad = needs_grad(*[x for x in (scores, attn_mask, head_mask) if x is not None])
     if inplace:
         if with_grad:
             raise ValueError("inplace must be False where a gradient is needed")
         _forward(scores, scores, None, *rest)
-        _mark_written(scores)
+        mark_written(scores)
         return scores
     dtype = dtype or scores.dtype
     if with_grad:
@@ -140,5 +132,5 @@ def causal_softmax(
         )
         return result
     out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
-    _forward(_last_dim_contiguous(scores), out, None, *rest)
+    _forward(last_dim_contiguous(scores), out, None, *rest)
     return out

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neox_kernels.kernels.launch import power_of_2_from
+
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 MAX_TENSORS = 3  # of one launch
@@ -157,10 +159,6 @@ def _metadata_kernel(
         tl.store(indices_ptr + first + lane, tl.full([BLOCK], -1, tl.int64), mask=first + lane < capacity)
 
 
-def _power_of_2_from(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()  # Triton's own is not traced by torch.compile
-
-
 def describe_rows(x: Tensor, lead: int) -> tuple[int, int, int, int, int, int] | None:
     """seqlen, three strides, blocks and the length of a block, in elements, as csrc/varlen_args.h has them in bytes.
 
@@ -227,7 +225,7 @@ def plan_launch(
         columns = length * size // min(unit, 8)
         # A power of two that divides the columns leaves none to mask, unless it is small.
         block_c = columns & -columns
-        block_c = min(block_c if block_c * min(unit, 8) >= 32 else _power_of_2_from(columns), 128)
+        block_c = min(block_c if block_c * min(unit, 8) >= 32 else power_of_2_from(columns), 128)
         for name, value in (("batch", batch_stride), ("seqlen", seqlen_stride), ("block", block_stride)):
             args[f"stride_{name}_{i}"] = value * size // unit
         args[f"seqlen_{i}"], args[f"blocks_{i}"] = seqlen, blocks

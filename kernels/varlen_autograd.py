@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from neox_kernels.kernels.launch import launch, needs_grad
 from neox_kernels.kernels.varlen import (
     MAX_TENSORS,
     NUM_WARPS,
@@ -22,14 +22,6 @@ from neox_kernels.kernels.varlen import (
 _BLOCK = 1024  # values of a mask that a program holds at once
 
 
-def _launch(kernel: Any, programs: tuple[int, ...], like: Tensor, **args: Any) -> None:
-    if like.is_cuda:
-        with torch.cuda.device(like.device):  # Triton launches on the current device
-            kernel[programs](**args)
-    else:
-        kernel[programs](**args)  # Triton's interpreter
-
-
 def varlen_metadata(
     attention_mask: Tensor, capacity: int | None = None, max_seqlen: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,8 +29,8 @@ def varlen_metadata(
     room = attention_mask.numel() if capacity is None else capacity
     made, batch, counting, placing = plan_metadata(attention_mask, room)
     if batch > 0:
-        _launch(_count_kernel, (batch,), attention_mask, **counting, BLOCK=_BLOCK, num_warps=NUM_WARPS)
-    _launch(_metadata_kernel, (max(batch, 1),), attention_mask, **placing, BLOCK=_BLOCK, num_warps=NUM_WARPS)
+        launch(_count_kernel, (batch,), attention_mask, **counting, BLOCK=_BLOCK, num_warps=NUM_WARPS)
+    launch(_metadata_kernel, (max(batch, 1),), attention_mask, **placing, BLOCK=_BLOCK, num_warps=NUM_WARPS)
     return made
 
 
@@ -60,7 +52,7 @@ def _gather(tensors: tuple[Tensor, ...], indices: Tensor, inverse: Tensor | None
     for first in range(0, len(pairs), MAX_TENSORS):
         inputs, outputs = zip(*pairs[first : first + MAX_TENSORS], strict=True)
         grid, args, constants = plan_launch(inputs, outputs, indices, lead)
-        _launch(_gather_kernel, grid, indices, **args, **constants)
+        launch(_gather_kernel, grid, indices, **args, **constants)
     return results
 
 
@@ -84,9 +76,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _apply(tensors: list[Tensor], indices: Tensor, inverse: Tensor | None) -> list[Tensor]:
-    if forward_ad._current_level >= 0:  # a launch would drop the tangents without a word
-        raise NotImplementedError("the triton backend has no forward-mode derivative; use_backend('reference') has")
-    if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+    if needs_grad(*tensors):
         return list(_GatherRows.apply(indices, inverse, *tensors))
     return list(_gather(tuple(tensors), indices, inverse))
 
