@@ -170,11 +170,13 @@ template <LaunchSoftmax launch>
 void softmax_inplace(const Tensor& scores, double scale, const OptionalTensor& key_padding_mask,
                      const OptionalTensor& attn_mask, const OptionalTensor& head_mask, const OptionalTensor& rng,
                      double dropout_p, int64_t flags) {
-  SoftmaxArgs args = make_softmax_args(scores, scale, head_mask, rng, dropout_p, flags);
+  const OptionalTensor heads = apart_from(head_mask, scores), padding = apart_from(key_padding_mask, scores);
+  const OptionalTensor mask = apart_from(attn_mask, scores);
+  SoftmaxArgs args = make_softmax_args(scores, scale, heads, rng, dropout_p, flags);
   require_writable(scores);
   require(result_type(flags, scores.scalar_type()) == scores.scalar_type(),
           "causal_softmax: in place, the result has the dtype of the scores");
-  set_masks(args, key_padding_mask, attn_mask, Place(scores));
+  set_masks(args, padding, mask, Place(scores));
   args.scores = args.out = written_to(scores);
   launch(args, scores);
 }

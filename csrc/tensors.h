@@ -89,6 +89,23 @@ inline void require_writable(const Tensor& x) {
   }
 }
 
+// Where the memory of a tensor that is not empty begins and ends.
+inline std::pair<uintptr_t, uintptr_t> memory_of(const Tensor& x) {
+  int64_t elements = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) elements += (x.size(d) - 1) * x.stride(d);
+  const auto first = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  return {first, first + static_cast<uintptr_t>(elements) * x.element_size()};
+}
+
+// x, or a copy where it may lie within what is written while it is read.
+inline OptionalTensor apart_from(const OptionalTensor& x, const Tensor& written) {
+  if (!x.has_value() || x->numel() == 0 || written.numel() == 0) return x;
+  const auto [first, last] = memory_of(*x);
+  const auto [first_written, last_written] = memory_of(written);
+  if (last <= first_written || last_written <= first) return x;
+  return torch::stable::clone(*x);
+}
+
 inline Dtype dtype_of(ScalarType type, const char* message) {
   require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, message);
   return type == ScalarType::Float      ? Dtype::kFloat32

@@ -40,3 +40,10 @@ def mark_written(*tensors: Tensor) -> None:
         for tensor in tensors:
             if not tensor.is_inference():
                 increment_version(tensor)
+
+
+def apart_from(x: Tensor | None, written: Tensor) -> Tensor | None:
+    """x, or a copy where it shares the memory of what is written while it is read."""
+    if x is None or torch.compiler.is_compiling():  # a compiler keeps them apart
+        return x
+    return x.clone() if x.untyped_storage().data_ptr() == written.untyped_storage().data_ptr() else x

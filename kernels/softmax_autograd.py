@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_kernels.kernels.launch import last_dim_contiguous, launch, mark_written, needs_grad
+from neox_kernels.kernels.launch import apart_from, last_dim_contiguous, launch, mark_written, needs_grad
 from neox_kernels.kernels.softmax import _softmax_kernel, plan_launch
 from neox_kernels.kernels.softmax_backward import _softmax_backward_kernel, plan_backward
 
@@ -122,7 +122,10 @@ def causal_softmax(
     if inplace:
         if with_grad:
             raise ValueError("inplace must be False where a gradient is needed")
-        _forward(scores, scores, None, *rest)
+        key_padding_mask, attn_mask, head_mask = (
+            apart_from(mask, scores) for mask in (key_padding_mask, attn_mask, head_mask)
+        )
+        _forward(scores, scores, None, scale, causal, key_padding_mask, attn_mask, head_mask, rng, dropout_p)
         mark_written(scores)
         return scores
     dtype = dtype or scores.dtype

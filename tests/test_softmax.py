@@ -272,6 +272,13 @@ def test_offsets_of_64_bits(every_isa: str, far: int) -> None:
     assert same_bits(causal_softmax(scores, attn_mask=x.copy_(mask)), softmax(scores, attn_mask=mask))
 
 
+def test_masks_within_what_is_written_are_read_first(every_isa: str) -> None:
+    x = scores_of(2, 3, 33, 40)
+    options = {"attn_mask": x[:1, 1:2], "head_mask": x[0, :, 0, 0]}
+    expected = causal_softmax(x.clone(), **{name: mask.clone() for name, mask in options.items()})
+    assert same_bits(causal_softmax(x, **options, inplace=True), expected)
+
+
 def test_one_thread_or_two_give_the_same_bits(every_isa: str) -> None:
     if every_isa == "reference":
         pytest.skip("it is PyTorch's own")

@@ -1,8 +1,9 @@
 // Causal softmax on the CPU, row by row. A row's visible part is read twice, from memory and then from the cache: for its
-// maximum and for its exponentials, which wait in float32 for their sum and are then written once. What is not visible is
-// only written, as zero.
+// maximum and for its exponentials, which wait in float32 for their sum and are then written once; a short row is read once
+// and waits in registers. What is not visible is only written, as zero.
 #include "cpu/softmax_masks.h"
 #include "cpu/softmax_passes.h"
+#include "cpu/softmax_short.h"
 
 namespace neox {
 
@@ -64,7 +65,7 @@ double exponentiate(const SoftmaxArgs& args, const Row& row, const KeyRange& ran
     }
     return exponentials(x, e, n, args.scale, most);
   }
-  store_scaled(x, e, n, args.scale);
+  store_each(x, e, n, Times(args.scale));
   if (mask.kind != MaskKind::kNone) {
     const int64_t first = row.b * mask.stride_batch + row.h * mask.stride_head + row.q * mask.stride_q;
     apply_attn_mask(mask, first + range.begin * mask.stride_k, e, n);
@@ -85,7 +86,17 @@ void softmax_row(const SoftmaxArgs& args, const Row& row, const KeyRange* ranges
   Out* probs = args.probs.data != nullptr ? at<Out>(args.probs, row) : nullptr;
   const int64_t visible = visible_keys(args, row.q);
   int64_t begin = range.begin, end = visible < range.end ? visible : range.end, n = end - begin;
-  const double total = n > 0 ? exponentiate(args, row, range, at<const T>(args.scores, row) + begin, e, n) : 0.0;
+  const T* scores = at<const T>(args.scores, row) + begin;
+  const float of_head = head_factor(args, row.b, row.h);
+  const bool plain = args.attn_mask.kind == MaskKind::kNone && range.keep == nullptr && args.rng == nullptr && probs == nullptr;
+  if (plain && by_vectors(n, [&](auto count) {
+        return softmax_vectors<count.kCount>(scores, out + begin, n, args.scale, of_head);
+      })) {
+    fill_zero(out, begin);
+    fill_zero(out + end, args.k_len - end);
+    return;
+  }
+  const double total = n > 0 ? exponentiate(args, row, range, scores, e, n) : 0.0;
   if (total != total) {  // NaN up to the diagonal, padding included
     begin = 0, end = n = visible;
     for (int64_t i = 0; i < n; ++i) e[i] = static_cast<float>(total);
@@ -97,17 +108,17 @@ void softmax_row(const SoftmaxArgs& args, const Row& row, const KeyRange* ranges
   }
   double inverse = 1.0 / total;
   const auto write = [&](Out* to, double factor) {
-    store_scaled(e, to + begin, n, factor);
+    store_each(e, to + begin, n, Normalise<Out>(factor));
     fill_zero(to, begin);
     fill_zero(to + end, args.k_len - end);
   };
   if (probs != nullptr) write(probs, inverse);
   if (args.rng != nullptr) {
-    store_scaled(e, e, n, inverse);  // first, so that what is dropped of a row of NaN is zero too
+    store_each(e, e, n, Normalise<float>(inverse));  // first, so that what is dropped of a row of NaN is zero too
     drop(args, row.index, begin, e, n);
     inverse = args.keep_scale;
   }
-  write(out, inverse * head_factor(args, row.b, row.h));
+  write(out, inverse * of_head);
 }
 
 template <class T>
@@ -127,16 +138,20 @@ void backward_row(const SoftmaxArgs& args, const Row& row, float* dropped) {
   const int64_t n = visible_keys(args, row.q);
   const P *g = at<const P>(args.grad, row), *p = at<const P>(args.probs, row);
   Out* out = at<Out>(args.out, row);
-  const float factor = head_factor(args, row.b, row.h);
+  const float factor = args.scale * head_factor(args, row.b, row.h);
   float dot;
+  const auto in_registers = [&](auto count) {
+    dot = gradient_vectors<count.kCount>(g, p, out, n, factor);
+    return true;
+  };
   if (args.rng != nullptr) {
-    store_scaled(g, dropped, n, args.keep_scale);
+    store_each(g, dropped, n, Times(args.keep_scale));
     drop(args, row.index, 0, dropped, n);
     dot = dot_product(dropped, p, n);
-    store_gradient(dropped, p, out, n, dot, args.scale * factor);
-  } else {
+    store_gradient(dropped, p, out, n, dot, factor);
+  } else if (!by_vectors(n, in_registers)) {
     dot = dot_product(g, p, n);
-    store_gradient(g, p, out, n, dot, args.scale * factor);
+    store_gradient(g, p, out, n, dot, factor);
   }
   if (dot != dot && is_zero(p, n)) {  // no visible key, whatever the gradient is
     dot = 0;

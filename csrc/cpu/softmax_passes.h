@@ -31,22 +31,36 @@ void store_shifted(const T* x, float* out, int64_t n, float scale, float most) {
   });
 }
 
+// A fused operation rounds the maximum and its own element apart. That is a factor of the whole row, unless the maximum is so
+// large (the lowest number of a mask, say) that the two differ by more than any exponential bears.
+constexpr float kLargestFused = 65536.0f;
+
+// exp(x * scale - most). As powers of 2, one fused operation gives the exponents; what rounding takes from the factor is
+// added back.
+struct Exponent {
+  Vec factor, most, extra;
+  Exponent(float scale, float largest) {
+    const double exact = scale * kLog2E;
+    const float rounded = static_cast<float>(exact);
+    factor = broadcast(rounded);
+    most = broadcast(static_cast<float>(largest * kLog2E));
+    extra = broadcast(rounded != 0 ? static_cast<float>((exact - rounded) / rounded) : 0.0f);
+  }
+  Vec operator()(Vec x) const { return exp2(mul_sub(x, factor, most), extra); }
+};
+
 // e = exp(x * scale - most), and their sum: by vectors within a block, across blocks in double.
 template <class T>
 double powers_of_e(const T* x, float* e, int64_t n, float scale, float most) {
   constexpr int64_t kBlock = kChain * Vec::kSize;
-  // As powers of 2, one fused operation gives the exponents; what rounding takes from the factor is added back.
-  const double exact = scale * kLog2E;
-  const float factor = static_cast<float>(exact);
-  const float lost = factor != 0 ? static_cast<float>((exact - factor) / factor) : 0.0f;
-  const Vec s = broadcast(factor), m = broadcast(static_cast<float>(most * kLog2E)), zero = broadcast(0.0f);
-  const Vec extra = broadcast(lost);
+  const Exponent exponent(scale, most);
+  const Vec zero = broadcast(0.0f);
   double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
     Vec part = zero;
     for_vectors(n - block < kBlock ? n - block : kBlock, [&](int64_t j, int64_t count) {
       const int64_t i = block + j;
-      const Vec power = first_of(exp2(mul_sub(load_some(x + i, count), s, m), extra), count, zero);
+      const Vec power = first_of(exponent(load_some(x + i, count)), count, zero);
       store_some(e + i, power, count);
       part = add(part, power);
     });
@@ -55,26 +69,41 @@ double powers_of_e(const T* x, float* e, int64_t n, float scale, float most) {
   return total;
 }
 
-template <class T, class Out>
-void store_scaled(const T* x, Out* out, int64_t n, float factor) {
-  const Vec f = broadcast(factor);
-  for_vectors(n, [&](int64_t i, int64_t count) { store_some(out + i, mul(load_some(x + i, count), f), count); });
-}
+struct Times {
+  Vec factor;
+  explicit Times(double exact) : factor(broadcast(static_cast<float>(exact))) {}
+  Vec operator()(Vec x) const { return mul(x, factor); }
+};
 
-// The same with what rounding took from the factor, so that the probability of a key that is alone is exactly 1. Narrower
-// dtypes do not show it.
-void store_scaled(const float* x, float* out, int64_t n, double factor) {
-  if constexpr (!kFused) {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(x[i] * factor);
-    return;
+// What makes finite exponentials probabilities.
+template <class Out>
+struct Normalise : Times {
+  using Times::Times;
+};
+
+// In float32 the product is that of the factor before it was rounded, so that the probability of a key that is alone is
+// exactly 1. Narrower dtypes do not show it.
+template <>
+struct Normalise<float> {
+  double exact;
+  Vec factor, rest;
+  explicit Normalise(double exact_factor) : exact(exact_factor) {
+    const float rounded = static_cast<float>(exact), lost = static_cast<float>(exact - static_cast<double>(rounded));
+    factor = broadcast(rounded);
+    rest = broadcast(lost == lost ? lost : 0.0f);  // of infinity nothing is lost
   }
-  const float rounded = static_cast<float>(factor);
-  const float lost = static_cast<float>(factor - static_cast<double>(rounded));
-  const Vec f = broadcast(rounded), rest = broadcast(lost == lost ? lost : 0.0f);  // of infinity nothing is lost
-  for_vectors(n, [&](int64_t i, int64_t count) {
-    const Vec v = load_some(x + i, count);
-    store_some(out + i, mul_add(v, f, mul(v, rest)), count);
-  });
+  Vec operator()(Vec x) const {
+    if constexpr (kFused) return mul_add(x, factor, mul(x, rest));
+    float lanes[Vec::kSize];
+    store(lanes, x);
+    for (float& lane : lanes) lane = static_cast<float>(lane * exact);
+    return load(lanes);
+  }
+};
+
+template <class T, class Out, class Function>
+void store_each(const T* x, Out* out, int64_t n, const Function& function) {
+  for_vectors(n, [&](int64_t i, int64_t count) { store_some(out + i, function(load_some(x + i, count)), count); });
 }
 
 template <class G, class P>
@@ -111,9 +140,6 @@ void store_gradient(const G* g, const P* p, Out* out, int64_t n, float dot, floa
 
 template <class T>
 double exponentials(const T* x, float* e, int64_t n, float scale, float most) {
-  // A fused operation rounds the maximum and its own element apart. That is a factor of the whole row, unless the maximum is
-  // so large (the lowest number of a mask, say) that the two differ by more than any exponential bears.
-  constexpr float kLargestFused = 65536.0f;
   if (most < kLargestFused && most > -kLargestFused) return powers_of_e(x, e, n, scale, most);
   store_shifted(x, e, n, scale, most);
   return powers_of_e(e, e, n, 1.0f, 0.0f);
