@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from neox_kernels import backends
+from neox_kernels.attention import AttentionChoice, attention, explain_attention
+from neox_kernels.attention_masks import PreparedAttention, prepare_attention
 from neox_kernels.backends import explain, use_backend
 from neox_kernels.nn import FusedCausalSoftmax, RotaryEmbedding
 from neox_kernels.ops.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
@@ -27,17 +29,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionChoice",
     "FusedCausalSoftmax",
+    "PreparedAttention",
     "RotaryEmbedding",
     "VarlenMetadata",
     "apply_rotary",
     "apply_rotary_kv_append",
     "apply_rotary_qk",
+    "attention",
     "causal_softmax",
     "explain",
+    "explain_attention",
     "index_first_axis",
     "index_put_first_axis",
     "pad_input",
+    "prepare_attention",
     "restore",
     "rotary_tables",
     "swap",

@@ -28,6 +28,8 @@ API = {"torch", "neox_kernels"}
 MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels": {
         "torch",
+        "neox_kernels.attention",
+        "neox_kernels.attention_masks",
         "neox_kernels.backends",
         "neox_kernels.nn",
         "neox_kernels.ops",
@@ -41,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.kernels": {"torch", "triton", "neox_kernels.kernels"},
     "neox_kernels.ops": {"torch", *(f"neox_kernels.{name}" for name in ("backends", "checks", "reference", "ops"))},
     "neox_kernels.nn": {"torch", "neox_kernels.ops"},
-    "neox_kernels.attention": {"torch", "neox_kernels.ops"},
+    "neox_kernels.attention": {"torch", *(f"neox_kernels.{name}" for name in ("checks", "ops", "attention_masks"))},
+    "neox_kernels.attention_masks": {"torch", "neox_kernels.checks", "neox_kernels.ops"},
     "neox_kernels.models": {*API, "neox_kernels.models"},
     "neox_kernels.integrations": {*API, "neox_kernels.integrations", "neox_kernels.models", "transformers"},
     # These two also report what the compiled library has.

@@ -30,6 +30,33 @@ def require_int(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
 
 
+def require_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a float, not {type(value).__name__}")
+    return value  # type: ignore[return-value]
+
+
+def require_probability(name: str, value: object) -> None:
+    if not 0 <= require_number(name, value) <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, not {value}")
+
+
+def require_broadcast(
+    name: str, mask: object, like: str, x: Tensor, shape: tuple[int, ...], dtypes: frozenset[torch.dtype]
+) -> None:
+    """A tensor that broadcasts to ``shape``, on the device of ``x``, which messages call ``like``."""
+    if not isinstance(mask, Tensor):
+        not_a_tensor(name, mask)
+    if mask.dtype not in dtypes:
+        known = ", ".join(sorted(str(one).removeprefix("torch.") for one in dtypes))
+        raise TypeError(f"{name} must be one of {known} for {like} of {x.dtype}, not {mask.dtype}")
+    if mask.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like {like}, not on {mask.device}")
+    padded = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > len(shape) or any(have not in (1, want) for have, want in zip(padded, shape, strict=True)):
+        raise ValueError(f"{name} must broadcast to {shape}, which the shape {shape_of(mask)} does not")
+
+
 def require_indices(name: str, value: object, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         not_a_tensor(name, value)

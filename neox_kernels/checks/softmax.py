@@ -5,28 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neox_kernels.checks.common import FLOATS, not_a_tensor, require_flag, require_writable, shape_of
-
-
-def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name} must be a float, not {type(value).__name__}")
-
-
-def _require_mask(
-    name: str, mask: object, scores: Tensor, shape: tuple[int, ...], dtypes: frozenset[torch.dtype]
-) -> None:
-    """A tensor that broadcasts to ``shape``."""
-    if not isinstance(mask, Tensor):
-        not_a_tensor(name, mask)
-    if mask.dtype not in dtypes:
-        known = ", ".join(sorted(str(one).removeprefix("torch.") for one in dtypes))
-        raise TypeError(f"{name} must be one of {known} for scores of {scores.dtype}, not {mask.dtype}")
-    if mask.device != scores.device:
-        raise ValueError(f"{name} must be on {scores.device} like scores, not on {mask.device}")
-    padded = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
-    if mask.dim() > len(shape) or any(have not in (1, want) for have, want in zip(padded, shape, strict=True)):
-        raise ValueError(f"{name} must broadcast to {shape}, which the shape {shape_of(mask)} does not")
+from neox_kernels.checks.common import (
+    FLOATS,
+    not_a_tensor,
+    require_broadcast,
+    require_flag,
+    require_number,
+    require_probability,
+    require_writable,
+    shape_of,
+)
 
 
 def require_causal_softmax(
@@ -48,9 +36,10 @@ def require_causal_softmax(
         raise TypeError(f"scores must be float32, bfloat16, float16 or float64, not {scores.dtype}")
     if scores.dim() != 4:
         raise ValueError(f"scores must be (batch, nheads, q_len, k_len), not of the shape {shape_of(scores)}")
-    _require_number("scale", scale)
-    _require_number("dropout_p", dropout_p)
-    _require_flag_and_probability(causal, inplace, dropout_p)
+    require_number("scale", scale)
+    require_probability("dropout_p", dropout_p)
+    require_flag("causal", causal)
+    require_flag("inplace", inplace)
     batch, nheads, q_len, k_len = scores.shape
     if key_padding_mask is not None:
         if not isinstance(key_padding_mask, Tensor):
@@ -67,10 +56,14 @@ def require_causal_softmax(
             )
     floats = FLOATS if scores.dtype == torch.float64 else FLOATS - {torch.float64}
     if attn_mask is not None:
-        _require_mask("attn_mask", attn_mask, scores, (batch, nheads, q_len, k_len), floats | {torch.bool})
+        require_broadcast(
+            "attn_mask", attn_mask, "scores", scores, (batch, nheads, q_len, k_len), floats | {torch.bool}
+        )
     if head_mask is not None:
         flat = isinstance(head_mask, Tensor) and head_mask.dim() == 1
-        _require_mask("head_mask", head_mask, scores, (nheads,) if flat else (batch, nheads, 1, 1), floats)
+        require_broadcast(
+            "head_mask", head_mask, "scores", scores, (nheads,) if flat else (batch, nheads, 1, 1), floats
+        )
     if rng is not None:
         if not isinstance(rng, Tensor):
             not_a_tensor("rng", rng)
@@ -85,14 +78,6 @@ def require_causal_softmax(
         raise TypeError(f"dtype must be float32, bfloat16 or float16 for scores of {scores.dtype}, not float64")
     if inplace:
         _require_inplace(scores, attn_mask, head_mask, dtype)
-
-
-def _require_flag_and_probability(causal: object, inplace: object, dropout_p: object) -> None:
-    require_flag("causal", causal)
-    require_flag("inplace", inplace)
-    assert isinstance(dropout_p, int | float | torch.SymFloat | torch.SymInt)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, not {dropout_p}")
 
 
 def _require_inplace(scores: Tensor, attn_mask: object, head_mask: object, dtype: object) -> None:
