@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ptxsim import Buffer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,28 +18,31 @@ def as_array(x: Tensor) -> np.ndarray[Any, Any]:
 
 
 class FreshMemory(TorchDispatchMode):
-    """Knows which memory torch handed out and nothing has written yet."""
+    """Knows which bytes torch handed out and nothing has written yet. Host code counts as writing whole tensors."""
 
     EMPTY = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 
     def __init__(self) -> None:
         super().__init__()
-        self.addresses: set[int] = set()
+        self.written: dict[int, np.ndarray[Any, Any]] = {}  # by address of the memory, of each of its bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple | list) else (result,)
         for value, described in zip(made, func._schema.returns, strict=False):
             if isinstance(value, Tensor) and (described.alias_info is None or described.alias_info.is_write):
-                address = value.untyped_storage().data_ptr()
+                memory = value.untyped_storage()
                 if func.overloadpacket.__name__ in self.EMPTY:
-                    self.addresses.add(address)
+                    self.written[memory.data_ptr()] = np.zeros(memory.nbytes(), bool)
                 else:
-                    self.addresses.discard(address)
+                    self.written.pop(memory.data_ptr(), None)
         return result
 
-    def holds(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self.addresses
-
-    def written(self, x: Tensor) -> None:
-        self.addresses.discard(x.untyped_storage().data_ptr())
+    def buffer(self, x: Tensor) -> Buffer:
+        written = self.written.get(x.untyped_storage().data_ptr())
+        if written is None:
+            return Buffer(as_array(x))
+        size = x.element_size()
+        strides = [stride * size for stride in x.stride()]
+        of_x = np.lib.stride_tricks.as_strided(written[x.storage_offset() * size :], (*x.shape, size), (*strides, 1))
+        return Buffer(as_array(x), of_x)
