@@ -116,6 +116,12 @@ class CudaOps:
         """The names of all kernels of a file of csrc/cuda."""
         return {name for name, path in self.texts[ARCHS[0]].items() if path.name.startswith(f"{Path(source).stem}.")}
 
+    def text_of(self, arch: int, kernel: str) -> str:
+        """The PTX of one kernel, without those that share its file."""
+        text = self.texts[arch][kernel].read_text()
+        begin = text.index(f".entry {kernel}(")
+        return text[: text.index(".entry")] + text[begin : text.index("\n}\n", begin) + 3]
+
     def _own(self, address: int | None, size: int) -> None:
         if size > 0 and address is not None:
             content = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
