@@ -109,6 +109,10 @@ def test_triton_gradients(triton: Any) -> None:
         if functions is triton:
             ours = grads
     same(list(ours), list(grads))
+    z = torch.randn(4, 5, requires_grad=True)
+    rows = triton.index_first_axis(z, torch.tensor([3, -1, 4, 2**40, 0, 3]))
+    (dz,) = torch.autograd.grad(rows, z, torch.ones(6, 5))
+    assert dz.sum(1).tolist() == [5, 0, 0, 10], "what is no row reads nothing, and adds nothing"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
