@@ -1,8 +1,10 @@
 # make demo | test | lint | bench: each makes its own .venv and builds the compiled library as needed.
-# PYTHON names the interpreter of a new .venv, TORCH what pip installs as torch, ARGS what is passed on to the tool.
+# PYTHON names the interpreter of a new .venv, TORCH what pip installs as torch, EXTRAS the package's extras (with
+# cuda-test nvcc comes from PyPI), ARGS what is passed on to the tool.
 # The NEOX_KERNELS_* variables (see setup.py) take effect when the library is built: `make build` after `make clean`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+EXTRAS ?= dev
 ARGS ?=
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
@@ -37,7 +39,7 @@ build: .venv/.built
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q '$(TORCH)'
 	$(BIN)/python -m pip install -q 'setuptools>=77' 'pybind11>=2.13' ninja
-	NEOX_KERNELS_EXT=0 NEOX_KERNELS_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	NEOX_KERNELS_EXT=0 NEOX_KERNELS_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 .venv/.built: .venv/.installed setup.py $(CSRC)

@@ -1,7 +1,7 @@
 """Times contenders against each other: interleaved in one run, medians, ratios round by round.
 
-A machine's speed drifts, so every round calls every contender once, and ratios are taken within a round. CPU time of
-one thread by default: on a busy machine the wall clock of several threads measures the neighbours.
+A machine's speed drifts, so every round calls every contender once, and ratios are taken within a round. How one sample
+is taken is a Sampler's business: by the host's clocks here, by a GPU's events in gpu.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Call = Callable[[], object]
+Sampler = Callable[[Call], Callable[[], float]]  # warms a contender up; what it gives takes a sample: seconds per call
 
 
 @dataclass(frozen=True)
@@ -28,41 +29,42 @@ class Timing:
         return f"{self.seconds * 1e6:10.1f} us  {self.ratio:6.2f} x  ({self.ratio_low:.2f} .. {self.ratio_high:.2f})"
 
 
-def _calls_per_sample(call: Call, clock: Callable[[], float], seconds: float) -> int:
-    call()
-    start = clock()
-    calls = 0
-    while clock() - start < seconds / 4:
+def host_sampler(clock: Callable[[], float] = time.thread_time, sample_seconds: float = 0.01) -> Sampler:
+    """By CPU time of this thread: on a busy machine the wall clock (``time.perf_counter``) of several threads measures
+    the neighbours. Short calls are repeated to fill a sample."""
+
+    def warm_up(call: Call) -> Callable[[], float]:
         call()
-        calls += 1
-    return max(1, calls * 4)
+        start, calls = clock(), 0
+        while clock() - start < sample_seconds / 4:
+            call()
+            calls += 1
+        repeats = max(1, calls * 4)
+
+        def sample() -> float:
+            start = clock()
+            for _ in range(repeats):
+                call()
+            return (clock() - start) / repeats
+
+        return sample
+
+    return warm_up
 
 
-def compare(
-    contenders: Mapping[str, Call],
-    baseline: str,
-    *,
-    rounds: int = 15,
-    sample_seconds: float = 0.01,
-    clock: Callable[[], float] = time.thread_time,
-) -> dict[str, Timing]:
+def compare(contenders: Mapping[str, Call], baseline: str, sampler: Sampler, *, rounds: int = 15) -> dict[str, Timing]:
     """Time every contender in every round; the ratio is the baseline's time over the contender's, above 1 is faster.
 
     Args:
         contenders: by name, what to call. Results must have been checked before.
         baseline: the name that the others are compared with.
         rounds: samples of each contender; the spread given is the quartiles of the rounds' ratios.
-        sample_seconds: about how long one sample lasts: short calls are repeated to fill it.
-        clock: CPU time of this thread, or ``time.perf_counter`` for the wall clock.
     """
-    repeats = {name: _calls_per_sample(call, clock, sample_seconds) for name, call in contenders.items()}
+    takers = {name: sampler(call) for name, call in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, call in contenders.items():
-            start = clock()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((clock() - start) / repeats[name])
+        for name, take in takers.items():
+            samples[name].append(take())
     timings = {}
     for name, own in samples.items():
         ratios = [theirs / mine for theirs, mine in zip(samples[baseline], own, strict=True)]

@@ -14,6 +14,7 @@ from neox_kernels.reference import apply_rotary_qk as oracle
 from neox_kernels.testing import ROTARY_SHAPES, RotaryShape, assert_within_budget, packed_qkv, to_float64
 
 LENGTHS = ((1, 1), (8, 1), (1, 128), (4, 512), (1, 2048))
+GPU_LENGTHS = (*LENGTHS, (8, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
 OP = "apply_rotary_qk"  # whose backend the report names
 BASELINE = "transformers eager"
@@ -29,6 +30,7 @@ class RotaryCase:
     batch: int
     seqlen: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.shape.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
@@ -43,10 +45,11 @@ class RotaryCase:
         return 4 * self.batch * self.seqlen * self.shape.nheads * self.shape.head_dim * self.dtype.itemsize
 
 
-def cases() -> Iterator[RotaryCase]:
-    for kind, shape, (batch, seqlen), dtype in itertools.product(CONTENDERS, ROTARY_SHAPES, LENGTHS, DTYPES):
+def cases(device: str = "cpu") -> Iterator[RotaryCase]:
+    lengths = LENGTHS if device == "cpu" else GPU_LENGTHS
+    for kind, shape, (batch, seqlen), dtype in itertools.product(CONTENDERS, ROTARY_SHAPES, lengths, DTYPES):
         if kind == "forward" or (kind == "append" and seqlen == 1) or (kind == "training" and seqlen == 512):
-            yield RotaryCase(kind, shape, batch, seqlen, dtype)
+            yield RotaryCase(kind, shape, batch, seqlen, dtype, device)
 
 
 class Inputs:
@@ -54,13 +57,13 @@ class Inputs:
 
     def __init__(self, case: RotaryCase) -> None:
         shape, self.seqlen = case.shape, case.seqlen
-        q, k, v = packed_qkv(case.batch, case.seqlen, shape.nheads, shape.head_dim, case.dtype)
+        q, k, v = packed_qkv(case.batch, case.seqlen, shape.nheads, shape.head_dim, case.dtype, device=case.device)
         if shape.interleaved:  # GPT-J projects q, k and v on their own
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         self.q, self.k, self.v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, nheads, seqlen, head_dim)
-        self.cos, self.sin = rotary_tables(shape.rotary_dim, 2048)
+        self.cos, self.sin = rotary_tables(shape.rotary_dim, 2048, device=case.device)
         self.interleaved = shape.interleaved
-        self.position_ids = torch.arange(case.seqlen)[None].expand(case.batch, -1).contiguous()
+        self.position_ids = torch.arange(case.seqlen, device=case.device)[None].expand(case.batch, -1).contiguous()
         self.gpt_j_table = torch.cat((self.sin, self.cos), dim=-1)
         wide = (torch.cat((t, t), dim=-1)[None, : case.seqlen].to(case.dtype) for t in (self.cos, self.sin))
         self.wide_cos, self.wide_sin = wide
@@ -137,9 +140,9 @@ def append(case: RotaryCase, compiled: bool) -> dict[str, Call]:
     inputs = Inputs(case)
     inputs.check(inputs.fused(), case)
     batch, nheads, _, head_dim = inputs.k.shape
-    caches = [torch.zeros(batch, nheads, 1024, head_dim, dtype=case.dtype) for _ in range(2)]
-    cache_seqlens = torch.full((batch,), 511, dtype=torch.int32)
-    row = torch.tensor([511])
+    caches = [torch.zeros(batch, nheads, 1024, head_dim, dtype=case.dtype, device=case.device) for _ in range(2)]
+    cache_seqlens = torch.full((batch,), 511, dtype=torch.int32, device=case.device)
+    row = torch.tensor([511], device=case.device)
 
     def eager() -> object:
         q, k = inputs.eager()
@@ -177,6 +180,43 @@ def training(case: RotaryCase, compiled: bool) -> dict[str, Call]:
     return {BASELINE: lambda: step(inputs.eager), "neox_kernels": lambda: step(inputs.fused)}
 
 
+def flash_attn(case: RotaryCase) -> Call:
+    """flash-attn's Triton rotary, q and then k."""
+    from flash_attn.layers.rotary import apply_rotary_emb
+
+    inputs = Inputs(case)
+    cos, sin = (table[: case.seqlen].to(case.dtype) for table in (inputs.cos, inputs.sin))
+
+    def call() -> tuple[Tensor, Tensor]:
+        q, k = (
+            apply_rotary_emb(x.transpose(1, 2), cos, sin, interleaved=inputs.interleaved).transpose(1, 2)
+            for x in (inputs.q, inputs.k)
+        )
+        return q, k
+
+    inputs.check(call(), case)
+    return call
+
+
+def liger(case: RotaryCase) -> Call:
+    """Liger's rotary, which turns whole heads: of a part of them, a slice, and the rest is joined on."""
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    inputs, rotary_dim = Inputs(case), case.shape.rotary_dim
+    if inputs.interleaved:
+        raise NotImplementedError("Liger pairs halves only")
+
+    def call() -> tuple[Tensor, Tensor]:
+        parts = (x[..., :rotary_dim] for x in (inputs.q, inputs.k))
+        turned = liger_rotary_pos_emb(*parts, inputs.wide_cos, inputs.wide_sin)
+        q, k = (torch.cat((y, x[..., rotary_dim:]), -1) for y, x in zip(turned, (inputs.q, inputs.k), strict=True))
+        return q, k
+
+    inputs.check(call(), case)
+    return call
+
+
+PEERS = {"forward": {"flash-attn": flash_attn, "Liger": liger}}
 CONTENDERS = {"forward": forward, "append": append, "training": training}
 
 

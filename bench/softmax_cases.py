@@ -15,6 +15,7 @@ from neox_kernels.testing import assert_within_budget
 
 OP = "causal_softmax"  # whose backend the report names
 LENGTHS = ((1, 1, 512), (8, 1, 512), (1, 128, 128), (4, 512, 512), (1, 2048, 2048))
+GPU_LENGTHS = (*LENGTHS, (8, 2048, 2048))
 DTYPES = (torch.float32, torch.bfloat16)
 BASELINE = "transformers eager"
 Call = Callable[[], object]
@@ -30,6 +31,7 @@ class SoftmaxCase:
     q_len: int
     k_len: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     @property
     def model(self) -> str:
@@ -46,10 +48,11 @@ class SoftmaxCase:
         return (3 if self.kind == "backward" else 2) * elements * self.dtype.itemsize
 
 
-def cases() -> Iterator[SoftmaxCase]:
-    for kind, nheads, lengths, dtype in itertools.product(CONTENDERS, (12, 16), LENGTHS, DTYPES):
+def cases(device: str = "cpu") -> Iterator[SoftmaxCase]:
+    all_lengths = LENGTHS if device == "cpu" else GPU_LENGTHS
+    for kind, nheads, lengths, dtype in itertools.product(CONTENDERS, (12, 16), all_lengths, DTYPES):
         if kind == "forward" or lengths[1] > 1:
-            yield SoftmaxCase(kind, lengths[0], nheads, lengths[1], lengths[2], dtype)
+            yield SoftmaxCase(kind, lengths[0], nheads, lengths[1], lengths[2], dtype, device)
 
 
 class Inputs:
@@ -60,9 +63,10 @@ class Inputs:
     def __init__(self, case: SoftmaxCase) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = case.batch, case.nheads, case.q_len, case.k_len
-        self.scores = torch.randn(shape, generator=generator).mul_(8).to(case.dtype)
-        self.visible = torch.ones(case.q_len, case.k_len, dtype=torch.bool).tril(case.k_len - case.q_len)[None, None]
-        self.lowest = torch.tensor(torch.finfo(case.dtype).min, dtype=case.dtype)
+        self.scores = torch.randn(shape, generator=generator).mul_(8).to(case.device, case.dtype)
+        every = torch.ones(1, 1, case.q_len, case.k_len, dtype=torch.bool, device=case.device)
+        self.visible = every.tril(case.k_len - case.q_len)
+        self.lowest = torch.tensor(torch.finfo(case.dtype).min, dtype=case.dtype, device=case.device)
         self.mask = torch.where(self.visible, torch.zeros_like(self.lowest), self.lowest)
 
     def eager(self, scores: Tensor) -> Tensor:
@@ -126,6 +130,22 @@ def backward(case: SoftmaxCase, compiled: bool) -> dict[str, Call]:
     return calls
 
 
+def liger(case: SoftmaxCase) -> Call:
+    """Liger's softmax: neither scale nor mask, as torch.softmax."""
+    from liger_kernel.ops.softmax import LigerSoftmaxFunction
+
+    scores = Inputs(case).scores
+
+    def call() -> Tensor:
+        probs: Tensor = LigerSoftmaxFunction.apply(scores)
+        return probs
+
+    truth = torch.softmax(scores[:1, :2].double(), -1)
+    assert_within_budget(call()[:1, :2], torch.softmax(scores[:1, :2], -1), truth, str(case))
+    return call
+
+
+PEERS = {"forward": {"Liger, no mask": liger}}
 CONTENDERS = {"forward": forward, "backward": backward}
 
 

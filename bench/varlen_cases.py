@@ -28,6 +28,7 @@ class VarlenCase:
     seqlen: int
     features: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     @property
     def model(self) -> str:
@@ -40,7 +41,10 @@ class VarlenCase:
     @property
     def mask(self) -> Tensor:
         lengths = torch.linspace(self.seqlen // 3, self.seqlen, self.batch).long()
-        return (torch.arange(self.seqlen) < lengths[:, None]).long()
+        return (torch.arange(self.seqlen) < lengths[:, None]).long().to(self.device)
+
+    def randn(self, *rows: int) -> Tensor:
+        return torch.randn(*rows, self.features).to(self.device, self.dtype)
 
     @property
     def bytes(self) -> int:
@@ -53,10 +57,10 @@ class VarlenCase:
         return 2 * tokens * row * (3 if self.kind == "qkv" else 1)
 
 
-def cases() -> Iterator[VarlenCase]:
+def cases(device: str = "cpu") -> Iterator[VarlenCase]:
     for kind, (batch, seqlen), features, dtype in itertools.product(CONTENDERS, SIZES, (768, 2048), DTYPES):
         if kind != "metadata" or (features, dtype) == (768, torch.float32):
-            yield VarlenCase(kind, batch, seqlen, features, dtype)
+            yield VarlenCase(kind, batch, seqlen, features, dtype, device)
 
 
 def eager_metadata(mask: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -75,7 +79,7 @@ def eager_pad(y: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
 
 def unpad(case: VarlenCase) -> dict[str, Call]:
     """The hidden states of a batch, metadata included."""
-    mask, x = case.mask, torch.randn(case.batch, case.seqlen, case.features).to(case.dtype)
+    mask, x = case.mask, case.randn(case.batch, case.seqlen)
 
     def eager() -> Tensor:
         return x.flatten(0, 1)[eager_metadata(mask)[0]]
@@ -98,7 +102,7 @@ def unpad(case: VarlenCase) -> dict[str, Call]:
 
 def qkv(case: VarlenCase) -> dict[str, Call]:
     """q, k and v as slices of a packed projection, metadata at hand."""
-    heads = packed_qkv(case.batch, case.seqlen, case.features // 64, 64, case.dtype)
+    heads = packed_qkv(case.batch, case.seqlen, case.features // 64, 64, case.dtype, device=case.device)
     metadata = varlen_metadata(case.mask)
 
     def eager() -> list[Tensor]:
@@ -115,7 +119,7 @@ def qkv(case: VarlenCase) -> dict[str, Call]:
 def pad(case: VarlenCase) -> dict[str, Call]:
     """Back to the batch."""
     metadata = varlen_metadata(case.mask)
-    y = torch.randn(len(metadata.indices), case.features).to(case.dtype)
+    y = case.randn(len(metadata.indices))
 
     def eager() -> Tensor:
         return eager_pad(y, metadata.indices, case.batch, case.seqlen)
@@ -136,6 +140,24 @@ def metadata(case: VarlenCase) -> dict[str, Call]:
     return {BASELINE: lambda: eager_metadata(mask), "neox_kernels": lambda: varlen_metadata(mask)}
 
 
+def flash_attn_unpad(case: VarlenCase) -> Call:
+    from flash_attn.bert_padding import unpad_input as theirs
+
+    mask, x = case.mask, case.randn(case.batch, case.seqlen)
+    assert torch.equal(theirs(x, mask)[0], unpad_input(x, varlen_metadata(mask)))
+    return lambda: theirs(x, mask)
+
+
+def flash_attn_pad(case: VarlenCase) -> Call:
+    from flash_attn.bert_padding import pad_input as theirs
+
+    metadata = varlen_metadata(case.mask)
+    y, indices = case.randn(len(metadata.indices)), metadata.indices
+    assert torch.equal(theirs(y, indices, case.batch, case.seqlen), pad_input(y, metadata))
+    return lambda: theirs(y, indices, case.batch, case.seqlen)
+
+
+PEERS = {"unpad": {"flash-attn": flash_attn_unpad}, "pad": {"flash-attn": flash_attn_pad}}
 CONTENDERS = {"unpad": unpad, "qkv": qkv, "pad": pad, "metadata": metadata}
 
 

@@ -133,12 +133,24 @@ class Cuda:
         return flags
 
 
+def nvcc_of_wheels() -> str | None:
+    """The nvcc that pip installs beside torch: with the headers of every CUDA wheel in one folder, as a toolkit."""
+    # As for torch: pip's isolated environment hides the user's packages from import, but the scheme names their folder.
+    for folder in dict.fromkeys(sysconfig.get_path(kind) for kind in ("platlib", "purelib")):
+        for nvcc in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"), reverse=True):
+            # Without CCCL's headers, which no other wheel asks for, cuda_fp16.h does not compile.
+            if shutil.which(str(nvcc)) and (nvcc.parent.parent / "include/nv/target").exists():
+                return str(nvcc)
+    return None
+
+
 def find_cuda() -> Cuda:
     named = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
     home = Path(os.environ[named] if named else "/usr/local/cuda")
-    nvcc = shutil.which(str(home / "bin/nvcc")) or (None if named else shutil.which("nvcc"))
+    nvcc = shutil.which(str(home / "bin/nvcc")) or (None if named else shutil.which("nvcc") or nvcc_of_wheels())
     if not nvcc:
-        raise CannotBuild(f"no nvcc: {named}={home} has no bin/nvcc" if named else "no nvcc found")
+        wheels = "neither on this machine nor as the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl"
+        raise CannotBuild(f"no nvcc: {named}={home} has no bin/nvcc" if named else f"no nvcc found, {wheels}")
     version = re.search(r"release [\d.]+, V([\d.]+)", run([nvcc, "--version"]))
     # nvcc itself is asked where it lives: the one on PATH may be a wrapper script somewhere else.
     top = re.search(r"^#\$ TOP=(.+)$", run([nvcc, "--dryrun", "-x", "cu", "/dev/null"]), re.MULTILINE)

@@ -40,6 +40,11 @@ def _load_gradient(inputs, first, visible, VEC: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
+def _any_nan(x):
+    return tl.max((x != x).to(tl.int32)) != 0
+
+
+@triton.jit
 def _store_gradient(outputs, first, visible, probs, grad, dot, BLOCK_K: tl.constexpr):
     out_ptr, out_rows, inside, k_len, factor = outputs
     k = first + tl.arange(0, BLOCK_K)[None, :]
@@ -52,6 +57,11 @@ def _short_rows_backward(inputs, outputs, visible, VEC: tl.constexpr, BLOCK_M: t
     probs, grad = _load_gradient(inputs, 0, visible, VEC, BLOCK_M, BLOCK_K)
     # A product that is rounded: fused into the sum's first step, it would give each lane a slightly different sum.
     dot = tl.sum(tl.fma(probs, grad, 0.0), 1, keep_dims=True)
+    if _any_nan(dot):
+        # A row without a visible key has no gradient, whatever comes in for it: here infinity or NaN.
+        dead = tl.sum(probs, 1, keep_dims=True) == 0.0
+        dot = tl.where(dead, 0.0, dot)
+        grad = tl.where(dead, 0.0, grad)
     _store_gradient(outputs, 0, visible, probs, grad, dot, BLOCK_K)
     return dot
 
@@ -64,6 +74,14 @@ def _long_rows_backward(inputs, outputs, visible, VEC: tl.constexpr, BLOCK_M: tl
         probs, grad = _load_gradient(inputs, first, visible, VEC, BLOCK_M, BLOCK_K)
         dots = tl.fma(probs, grad, dots)
     dot = tl.sum(dots, 1, keep_dims=True)
+    if _any_nan(dot):  # as above
+        totals = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for first in range(0, end, BLOCK_K):
+            probs, _ = _load_gradient(inputs, first, visible, VEC, BLOCK_M, BLOCK_K)
+            totals += probs
+        dead = tl.sum(totals, 1, keep_dims=True) == 0.0
+        dot = tl.where(dead, 0.0, dot)
+        visible = tl.where(dead, 0, visible)
     for first in range(0, end, BLOCK_K):
         probs, grad = _load_gradient(inputs, first, visible, VEC, BLOCK_M, BLOCK_K)
         _store_gradient(outputs, first, visible, probs, grad, dot, BLOCK_K)

@@ -68,7 +68,9 @@ class _GatherRows(torch.autograd.Function):
         indices, inverse = ctx.saved_tensors
         needed = {i: g for i, g in enumerate(grads) if ctx.needs_input_grad[2 + i]}
         if inverse is None:  # rows may repeat: their gradients add up
-            rows = [g.new_zeros(ctx.rows, *g.shape[1:]).index_add(0, indices, g) for g in needed.values()]
+            # An index that is no row read nothing, and adds nothing: index_add would end the process's use of the GPU.
+            at = indices.where((indices >= 0) & (indices < ctx.rows), ctx.rows)
+            rows = [g.new_zeros(ctx.rows + 1, *g.shape[1:]).index_add(0, at, g)[: ctx.rows] for g in needed.values()]
         else:
             rows = list(_GatherRows.apply(inverse, indices, *needed.values())) if needed else []
         found = dict(zip(needed, rows, strict=True))

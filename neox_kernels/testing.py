@@ -32,11 +32,18 @@ ROTARY_SHAPES = (
 
 
 def packed_qkv(
-    batch: int, seqlen: int, nheads: int, head_dim: int, dtype: torch.dtype, *, seed: int = 0
+    batch: int,
+    seqlen: int,
+    nheads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, (batch, seqlen, nheads, head_dim) each, as slices of one projection, as GPT-NeoX lays them out."""
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(batch, seqlen, nheads, 3 * head_dim, generator=generator).to(dtype)
+    qkv = torch.randn(batch, seqlen, nheads, 3 * head_dim, generator=generator).to(device, dtype)
     q, k, v = qkv.chunk(3, dim=-1)
     return q, k, v
 

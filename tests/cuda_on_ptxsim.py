@@ -1,8 +1,8 @@
 """CUDA kernels on a machine without a GPU: the ops compiled by nvcc as they are, and their PTX run by ptxsim.
 
 The ops are registered for CPU tensors under a name of their own. What they launch, down to the bytes of the
-arguments, is recorded by a CUDA runtime that only listens (fake_cuda_runtime.cpp), and then run on the memory of
-these tensors.
+arguments, is told by a CUDA runtime that only listens (fake_cuda_runtime.cpp), and run at once on the memory of these
+tensors and on what the ops take for results and scratch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ptxsim import Buffer, Counters, Module, launch, parse
 from tensor_memory import as_array
@@ -41,6 +42,7 @@ HOOK = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     ctypes.POINTER(ctypes.c_void_p),
 )
+MEMORY_HOOK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
 @dataclass
@@ -90,7 +92,8 @@ class CudaOps:
         # Its own runtime comes first, also where the process has a real one.
         library = folder / f"{LIBRARY}.so"
         torch_folder = Path(torch.__file__).parent / "lib"
-        run([*cxx, "-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}", "-ltorch_cpu", "-ltorch", "-o", library])
+        link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--wrap=aoti_torch_empty_strided", f"-L{torch_folder}"]
+        run([*cxx, *link, *objects, "-ltorch_cpu", "-ltorch", "-o", library])
         torch.ops.load_library(library)
         self.ops = getattr(torch.ops, LIBRARY)
         self.kernels: dict[int, dict[str, Module]] = {arch: {} for arch in ARCHS}
@@ -100,38 +103,55 @@ class CudaOps:
                 module = parse(path.read_text())
                 self.kernels[arch] |= dict.fromkeys(module.kernels, module)
                 self.texts[arch] |= dict.fromkeys(module.kernels, path)
+        self.arch = ARCHS[0]
         self.launches: list[Launch] = []
-        self._hook = HOOK(self._record)  # kept: the library only has its address
-        ctypes.CDLL(str(library)).neox_set_launch_hook(self._hook)
+        self.counters: list[Counters] = []
+        self.given: list[Buffer] = []
+        self.made: dict[int, Buffer] = {}  # by address
+        self.fault: Exception | None = None
+        self._hooks = HOOK(self._run), MEMORY_HOOK(self._own)  # kept: the library only has their addresses
+        ctypes.CDLL(str(library)).neox_set_hooks(*self._hooks)
 
-    def _record(self, name: bytes, grid: Any, block: Any, shared_bytes: int, arguments: Any) -> None:
-        kernel = name.decode()
-        places = self.kernels[ARCHS[0]][kernel].kernels[kernel].parameters.values()
-        contents = [ctypes.string_at(arguments[i], place.size) for i, place in enumerate(places)]
-        self.launches.append(Launch(kernel, grid[:3], block[:3], shared_bytes, contents))
+    def kernels_of(self, source: str) -> set[str]:
+        """The names of all kernels of a file of csrc/cuda."""
+        return {name for name, path in self.texts[ARCHS[0]].items() if path.name.startswith(f"{Path(source).stem}.")}
+
+    def text_of(self, arch: int, kernel: str) -> str:
+        """The PTX of one kernel, without those that share its file."""
+        text = self.texts[arch][kernel].read_text()
+        begin = text.index(f".entry {kernel}(")
+        return text[: text.index(".entry")] + text[begin : text.index("\n}\n", begin) + 3]
+
+    def _own(self, address: int | None, size: int) -> None:
+        if size > 0 and address is not None:
+            content = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+            self.made[address] = Buffer(content, np.zeros((size, 1), bool))
+
+    def _run(self, name: bytes, grid: Any, block: Any, shared_bytes: int, arguments: Any) -> None:
+        if self.fault is not None:
+            return
+        try:
+            kernel = name.decode()
+            module = self.kernels[self.arch][kernel]
+            places = module.kernels[kernel].parameters.values()
+            contents = [ctypes.string_at(arguments[i], place.size) for i, place in enumerate(places)]
+            one = Launch(kernel, grid[:3], block[:3], shared_bytes, contents)
+            self.launches.append(one)
+            buffers = [*self.given, *self.made.values()]
+            self.counters.append(
+                launch(module, one.grid, one.block, contents, buffers, shared_bytes=shared_bytes, kernel=kernel)
+            )
+        except Exception as fault:  # C++ called, and no exception passes through it
+            self.fault = fault
 
     def call(self, name: str, arch: int, *arguments: Any) -> tuple[Any, list[Counters]]:
-        """What the op gives, once its launches have run as on this architecture, and what they cost."""
-        self.launches.clear()
+        """What the op gives, its launches run as on this architecture, and what they cost."""
+        self.arch, self.launches, self.counters, self.fault = arch, [], [], None
+        self.given, self.made = [Buffer(as_array(x)) for x in tensors_in(arguments)], {}
         result = getattr(self.ops, name)(*arguments)
-        given, made = tensors_in(arguments), tensors_in([result])
-        fresh = [x for x in made if all(x.data_ptr() != y.data_ptr() for y in given)]
-        buffers = [*(Buffer(as_array(x)) for x in given), *(Buffer(as_array(x), False) for x in fresh)]
-        counters = []
-        for one in self.launches:
-            module = self.kernels[arch][one.kernel]
-            counters.append(
-                launch(
-                    module,
-                    one.grid,
-                    one.block,
-                    one.arguments,
-                    buffers,
-                    shared_bytes=one.shared_bytes,
-                    kernel=one.kernel,
-                )
-            )
-        return result, counters
+        if self.fault is not None:
+            raise self.fault
+        return result, self.counters
 
 
 def missing() -> str | None:

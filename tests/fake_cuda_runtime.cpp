@@ -1,5 +1,6 @@
 // The entry points of the CUDA runtime that code compiled by nvcc calls, for a machine without a GPU: they tell a hook what
-// would be launched. Also those of torch that need a device. Plain C++, so that nothing of CUDA is linked.
+// would be launched, and another what memory the ops take. Also those of torch that need a device. Plain C++, so that
+// nothing of CUDA is linked.
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -13,6 +14,8 @@ struct Dim3 {
 // kernel, grid and block (3 numbers each), bytes of dynamic shared memory, and where each argument lies.
 using Hook = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared, void** arguments);
 Hook hook = nullptr;
+using MemoryHook = void (*)(void* data, int64_t bytes);
+MemoryHook memory_hook = nullptr;
 
 std::map<const void*, const char*>& kernels() {  // by the address of the function that stands for one on the host
   static std::map<const void*, const char*> names;
@@ -36,7 +39,22 @@ int tell(const char* name, Dim3 grid, Dim3 block, void** arguments, size_t share
 
 extern "C" {
 
-void neox_set_launch_hook(Hook to) { hook = to; }
+void neox_set_hooks(Hook launch, MemoryHook memory) { hook = launch, memory_hook = memory; }
+
+// The linker puts this in the place of aoti_torch_empty_strided, by which the ops make their results and their scratch.
+int32_t __real_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device, int32_t index, void** made);
+int32_t aoti_torch_get_data_ptr(void* tensor, void** data);
+int32_t aoti_torch_get_storage_size(void* tensor, int64_t* bytes);
+int32_t __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device, int32_t index, void** made) {
+  if (__real_aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, made) != 0) return 1;
+  void* data;
+  int64_t bytes;
+  if (aoti_torch_get_data_ptr(*made, &data) != 0 || aoti_torch_get_storage_size(*made, &bytes) != 0) return 1;
+  if (memory_hook != nullptr) memory_hook(data, bytes);
+  return 0;
+}
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;

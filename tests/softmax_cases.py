@@ -133,8 +133,9 @@ def eager(
 
 def move(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
-        moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return moved.copy_(value) if 0 not in value.stride() else value.to(device)
+        # Through the whole memory behind the view, so that strides, 0 among them, and where it begins come along.
+        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device, copy=True)
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset())
     if isinstance(value, dict):
         return {name: move(one, device) for name, one in value.items()}
     return [move(one, device) for one in value] if isinstance(value, list) else value

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
 import torch
+from ptxsim import Buffer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+MAP_NORESERVE = 0x4000  # Linux's, which not every Python names
 
 
 def as_array(x: Tensor) -> np.ndarray[Any, Any]:
@@ -17,28 +21,39 @@ def as_array(x: Tensor) -> np.ndarray[Any, Any]:
 
 
 class FreshMemory(TorchDispatchMode):
-    """Knows which memory torch handed out and nothing has written yet."""
+    """Knows which bytes torch handed out and nothing has written yet. Host code counts as writing whole tensors."""
 
     EMPTY = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 
     def __init__(self) -> None:
         super().__init__()
-        self.addresses: set[int] = set()
+        self.written: dict[int, np.ndarray[Any, Any]] = {}  # by address of the memory, of each of its bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple | list) else (result,)
         for value, described in zip(made, func._schema.returns, strict=False):
             if isinstance(value, Tensor) and (described.alias_info is None or described.alias_info.is_write):
-                address = value.untyped_storage().data_ptr()
+                memory = value.untyped_storage()
                 if func.overloadpacket.__name__ in self.EMPTY:
-                    self.addresses.add(address)
+                    self.written[memory.data_ptr()] = np.zeros(memory.nbytes(), bool)
                 else:
-                    self.addresses.discard(address)
+                    self.written.pop(memory.data_ptr(), None)
         return result
 
-    def holds(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self.addresses
+    def buffer(self, x: Tensor) -> Buffer:
+        written = self.written.get(x.untyped_storage().data_ptr())
+        if written is None:
+            return Buffer(as_array(x))
+        size = x.element_size()
+        strides = [stride * size for stride in x.stride()]
+        of_x = np.lib.stride_tricks.as_strided(written[x.storage_offset() * size :], (*x.shape, size), (*strides, 1))
+        return Buffer(as_array(x), of_x)
 
-    def written(self, x: Tensor) -> None:
-        self.addresses.discard(x.untyped_storage().data_ptr())
+
+def far_apart(x: Tensor, distance: int = 2**31 + 16) -> Tensor:
+    """A copy of x whose items along dimension 0 lie ``distance`` elements apart; what is between costs no memory."""
+    size = ((len(x) - 1) * distance + x[0].numel()) * x.element_size()
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    strides = (distance, *x[0].contiguous().stride())
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)

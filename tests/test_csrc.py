@@ -1,9 +1,10 @@
-"""The C++ sources on a processor that is not this one."""
+"""The C++ sources on a processor that is not this one, and the nvcc of wheels."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
+import cuda_on_ptxsim  # which finds toolchain
 import pytest
 import torch
 
@@ -20,3 +21,20 @@ def test_aarch64_compiles(source: str, tmp_path: Path) -> None:
     command = [CXX, *flags, "-c", f"csrc/{source}", "-o", str(tmp_path / "object.o")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nvcc_of_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts with CCCL's headers beside it, which have a wheel of their own."""
+    nvcc_of_wheels = cuda_on_ptxsim.find_cuda.__globals__["nvcc_of_wheels"]
+    monkeypatch.setitem(
+        nvcc_of_wheels.__globals__, "sysconfig", type("Scheme", (), {"get_path": lambda kind: tmp_path})
+    )
+    assert nvcc_of_wheels() is None
+    nvcc = tmp_path / "nvidia/cu13/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    assert nvcc_of_wheels() is None
+    (tmp_path / "nvidia/cu13/include/nv").mkdir(parents=True)
+    (tmp_path / "nvidia/cu13/include/nv/target").touch()
+    assert nvcc_of_wheels() == str(nvcc)

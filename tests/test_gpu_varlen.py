@@ -122,9 +122,11 @@ def test_gradients() -> None:
 
 
 def test_what_is_no_row_reads_nothing_and_gives_zeros() -> None:
-    x = torch.ones(4, 5, device="cuda")
+    x = torch.ones(4, 5, device="cuda", requires_grad=True)
     y = index_first_axis(x, torch.tensor([3, -1, 4, 2**40, -(2**62), 0], device="cuda"))
     assert y.sum(1).tolist() == [5, 0, 0, 0, 0, 5]
+    assert torch.autograd.grad(y.sum(), x)[0].sum(1).tolist() == [5, 0, 0, 5]
+    x = x.detach()
     assert index_put_first_axis(x, torch.tensor([0, 9, -1, 2], device="cuda"), 3).sum(1).tolist() == [5, 0, 5]
 
 

@@ -5,6 +5,7 @@ What launches them on a GPU launches them here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_ptxsim import ARCHS, CudaOps
-from softmax_cases import Case, check
+from softmax_cases import Case, check, make_inputs, run
 from torch import Tensor
 
 from neox_kernels.compiled import softmax as compiled
@@ -37,19 +38,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.shape))
-def test_triton(case: Case, arch: int, monkeypatch: pytest.MonkeyPatch, ptx_cache: None) -> None:
-    from triton_on_ptxsim import Gpu
-
-    from neox_kernels.kernels import softmax_autograd
-
-    gpu = Gpu(arch)
-    for name in ("_softmax_kernel", "_softmax_backward_kernel"):
-        monkeypatch.setattr(softmax_autograd, name, gpu.stand_in(getattr(softmax_autograd, name)))
-    with gpu.fresh:
-        check(case, softmax_autograd.causal_softmax)
-    assert gpu.launches or 0 in case.shape
+# Sequences of which no key is seen, in rows that stay in registers, are shared out to warps, and go by twice.
+DEAD = [
+    Case((2, 2, 5, 33), F32, padding="hidden", mask="bool_strided", head_mask="full", causal=False),
+    Case((2, 3, 7, 40), F16, padding="hidden", mask="float", head_mask="flat", dropout_p=0.3),
+    Case((2, 1, 2, 9000), F16, padding="hidden", dropout_p=0.5),
+]
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +76,24 @@ class OnPtxsim(torch.autograd.Function):
         return None, *compiled._backward(Shifted(), *grads)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.shape))
-def test_cuda(cuda: CudaOps, case: Case, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
+def on_triton(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
+    from triton_on_ptxsim import Gpu
+
+    from neox_kernels.kernels import softmax_autograd
+
+    gpu = Gpu(arch)
+    for name in ("_softmax_kernel", "_softmax_backward_kernel"):
+        monkeypatch.setattr(softmax_autograd, name, gpu.stand_in(getattr(softmax_autograd, name)))
+    with gpu.fresh:
+        yield softmax_autograd.causal_softmax, gpu.launches
+
+
+def on_cuda(arch: int, monkeypatch: pytest.MonkeyPatch, cuda: CudaOps) -> Iterator[tuple[Any, list[Any]]]:
+    launches: list[Any] = []
 
     def call(name: str, *inputs: Any) -> Any:
-        result, counters = cuda.call(name, arch, *inputs)
-        launches.extend(counters)
+        result, _ = cuda.call(name, arch, *inputs)
+        launches.extend(cuda.launches)
         return result
 
     for attribute in ("_BACKWARD", "_BACKWARD_INFERENCE"):
@@ -97,5 +101,46 @@ def test_cuda(cuda: CudaOps, case: Case, arch: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compiled, "_SOFTMAX", partial(OnPtxsim.apply, call))
     monkeypatch.setattr(compiled, "_INFERENCE", lambda *inputs: call("causal_softmax", *inputs)[0])
     monkeypatch.setattr(compiled, "_INPLACE", partial(call, "causal_softmax_"))
-    check(case, compiled.causal_softmax)
+    yield compiled.causal_softmax, launches
+
+
+@pytest.fixture(params=[f"{backend}-{arch}" for backend in ("triton", "cuda") for arch in ARCHS])
+def softmax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
+    """causal_softmax by the PTX of a backend for an architecture, and what it has launched."""
+    backend, arch = request.param.split("-")
+    if backend == "triton":
+        request.getfixturevalue("ptx_cache")
+        yield from on_triton(int(arch), monkeypatch)
+    else:
+        yield from on_cuda(int(arch), monkeypatch, request.getfixturevalue("cuda"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.shape))
+def test_forward_backward_and_in_place(softmax: tuple[Any, list[Any]], case: Case) -> None:
+    function, launches = softmax
+    check(case, function)
     assert launches or 0 in case.shape
+
+
+@pytest.mark.parametrize("case", DEAD, ids=lambda case: str(case.shape))
+def test_rows_without_a_visible_key(softmax: tuple[Any, list[Any]], case: Case) -> None:
+    """What comes in for them shows nowhere."""
+    function, _ = softmax
+    inputs, options, grad = make_inputs(case)
+    expected = run(function, inputs, options, grad)
+    assert not expected[1][0].any() and expected[1][1].any()
+    for value in (float("inf"), float("nan")):
+        incoming = grad.clone()
+        incoming[0] = value
+        for x, y in zip(run(function, inputs, options, incoming), expected, strict=True):
+            assert torch.equal(x, y), value
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_cuda_kernel(cuda: CudaOps, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs of dtypes, with rows of whole accesses and with others."""
+    for function, launches in on_cuda(arch, monkeypatch, cuda):
+        for dtype, out_dtype, k_len in itertools.product((F32, BF16, F16), (F32, BF16, F16), (31, 1000)):
+            check(Case((1, 3, 5, k_len), dtype, out_dtype=out_dtype), function)
+        ran = {one.kernel for one in launches}
+    assert ran == cuda.kernels_of("softmax.cu") | cuda.kernels_of("softmax_backward.cu")

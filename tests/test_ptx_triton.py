@@ -64,9 +64,9 @@ class Rotary:
 
 ROTARY = [
     Rotary(F32, (5, 3), 32, 8, False),
-    Rotary(F32, (3, 1), 64, 64, True, positions="cu_seqlens"),
+    Rotary(F32, (3, 1), 64, 64, True, positions="cu_seqlens", lengths=(1, 31, 33, 1000, 2049)),
     Rotary(BF16, (15, 8), 80, 20, True, view="packed", positions="ids"),
-    Rotary(BF16, (16, 16), 128, 32, False, positions="cu_seqlens", lengths=(33, 1000)),
+    Rotary(BF16, (16, 16), 128, 32, False, positions="cu_seqlens", lengths=(33,)),
     Rotary(F16, (12, 12), 96, 24, False, view="unaligned", positions="offsets"),
     Rotary(F16, (2, 1), 256, 64, True, view="bhsd", positions="gathered"),
 ]

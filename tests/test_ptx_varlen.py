@@ -1,7 +1,4 @@
-"""Unpad and pad as a GPU would run them: Triton's and CUDA's PTX for sm_80, sm_90 and sm_100, with all checks on.
-
-The CUDA metadata is missing: it writes to memory of its own, which ptxsim is not told of.
-"""
+"""Unpad and pad as a GPU would run them: Triton's and CUDA's PTX for sm_80, sm_90 and sm_100, with all checks on."""
 
 from __future__ import annotations
 
@@ -21,6 +18,12 @@ MASK = torch.tensor(
 )
 INDICES, _, INVERSE, FACTS = reference.varlen_metadata(MASK)
 INDICES = INDICES[: int(FACTS[0]) + 2]  # two more, of no token
+
+# Lengths and numbers of sequences at which the kernels' loops end, or go round once more.
+LONG = [
+    (torch.arange(length) % 3 < 2)[None] & (torch.arange(batch) % 4 > 0)[:, None]
+    for batch, length in ((2, 1), (3, 31), (5, 33), (2, 1000), (3, 2049), (130, 2), (1, 128))
+]
 
 B, S = MASK.shape
 TENSORS = {
@@ -71,14 +74,45 @@ def test_triton_gather(triton: Any, kind: str) -> None:
     same([triton.index_first_axis(x, again) for x in rows], [reference.index_first_axis(x, again) for x in rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
-def test_triton_metadata(triton: Any, dtype: torch.dtype) -> None:
-    for mask, capacity in ((MASK, None), (MASK, 40), (MASK[:, ::2], 5), (MASK[:0], 3)):
+def check_metadata(varlen_metadata: Any, dtype: torch.dtype) -> None:
+    cases = [
+        (MASK, None),
+        (MASK, 40),
+        (MASK[:, ::2], 5),
+        (MASK[:0], 3),
+        *((mask, None) for mask in LONG),
+        (LONG[4], 99),
+    ]
+    for mask, capacity in cases:
         given = mask.to(dtype)
-        made = triton.varlen_metadata(given, capacity)
+        if not given.is_floating_point() and dtype != torch.bool and given.numel():
+            given[0, 0] = 7  # no mask: counted, and told
+        made = varlen_metadata(given, capacity)
         tokens = int(mask.sum()) if capacity is None else capacity  # without a capacity, what follows is not read
         for x, y in zip(made, reference.varlen_metadata(given, capacity), strict=True):
-            assert torch.equal(x[:tokens], y[:tokens])
+            assert torch.equal(x[:tokens], y[:tokens]), (mask.shape, capacity)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_triton_metadata(triton: Any, dtype: torch.dtype) -> None:
+    check_metadata(triton.varlen_metadata, dtype)
+
+
+def test_triton_gradients(triton: Any) -> None:
+    """Of a gradient that is expanded, and of one whose last dimension is not contiguous."""
+    x, y = torch.randn(B, S, 3, 24, requires_grad=True), torch.randn(len(INDICES), 10, requires_grad=True)
+    incoming = torch.randn(len(INDICES), 3, 1).expand(-1, 3, 24), torch.randn(B, S, 20)[..., ::2]
+    for functions in (triton, reference):
+        (rows,) = functions.unpad_input([x], INDICES, INVERSE)
+        (padded,) = functions.pad_input([y], INDICES, INVERSE)
+        grads = torch.autograd.grad((rows, padded), (x, y), incoming)
+        if functions is triton:
+            ours = grads
+    same(list(ours), list(grads))
+    z = torch.randn(4, 5, requires_grad=True)
+    rows = triton.index_first_axis(z, torch.tensor([3, -1, 4, 2**40, 0, 3]))
+    (dz,) = torch.autograd.grad(rows, z, torch.ones(6, 5))
+    assert dz.sum(1).tolist() == [5, 0, 0, 10], "what is no row reads nothing, and adds nothing"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -89,3 +123,18 @@ def test_cuda_gather(cuda: CudaOps, arch: int, kind: str) -> None:
     assert len(counters) == 1, "one launch"
     same(rows, reference.unpad_input(tensors, INDICES, INVERSE))
     same(cuda.call("gather_rows", arch, rows, INVERSE, INDICES)[0], reference.pad_input(rows, INDICES, INVERSE))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_cuda_metadata(cuda: CudaOps, arch: int) -> None:
+    ran = set()
+
+    def varlen_metadata(mask: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
+        made, _ = cuda.call("varlen_metadata", arch, mask, mask.numel() if capacity is None else capacity, 0)
+        ran.update(one.kernel for one in cuda.launches)
+        return made
+
+    for dtype in (torch.bool, torch.int64, torch.float32, torch.float16):
+        check_metadata(varlen_metadata, dtype)
+    cuda.call("gather_rows", arch, TENSORS["wide"](), INDICES, INVERSE)
+    assert ran | {cuda.launches[0].kernel} == cuda.kernels_of("varlen.cu"), "every kernel"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 from ptxsim import (
@@ -267,3 +269,36 @@ def test_faults_of_arithmetic() -> None:
 def test_traps_and_what_is_ignored() -> None:
     finds(Trap, "gave up", "trap;", words(1), fresh(1))
     run(COPY, words(31), fresh(32), ignore=(MemoryFault, UninitialisedRead))
+
+
+def test_what_a_launch_left_out_is_known_to_the_next() -> None:
+    x, y, z = words(32), fresh(32), fresh(32)
+    written = np.zeros((32, 4), bool)
+    address = {name: array.__array_interface__["data"][0] for name, array in (("x", x), ("y", y), ("z", z))}
+    half = "setp.lt.u32 %p0, %r0, 16;" + WORDS + "ld.global.u32 %r3, [%rd2]; @%p0 st.global.u32 [%rd3], %r3;"
+    launch(snippet(half), [1], 32, [address["x"], address["y"]], [Buffer(x), Buffer(y, written)])
+    assert written[:16].all() and not written[16:].any()
+    copy_half = "setp.lt.u32 %p0, %r0, 16;" + WORDS + "@%p0 ld.global.u32 %r3, [%rd2]; @%p0 st.global.u32 [%rd3], %r3;"
+    launch(snippet(copy_half), [1], 32, [address["y"], address["z"]], [Buffer(y, written), Buffer(z, False)])
+    with pytest.raises(UninitialisedRead):
+        launch(snippet(COPY), [1], 32, [address["y"], address["z"]], [Buffer(y, written), Buffer(z, False)])
+
+
+def test_rows_far_apart() -> None:
+    """Their distance is kept, and what lies between them is neither copied nor theirs."""
+    step = 1 << 31
+    memory = mmap.mmap(-1, step + 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    rows = np.lib.stride_tricks.as_strided(np.frombuffer(memory, np.uint32), (2, 32), (step, 4))
+    rows[:] = words(64).reshape(2, 32)
+    y, at = fresh(32), rows.__array_interface__["data"][0]
+
+    def load(distance: int) -> None:
+        lines = WORDS + f"ld.global.u32 %r3, [%rd2+{distance}]; st.global.u32 [%rd3], %r3;"
+        arguments = [at, y.__array_interface__["data"][0]]
+        launch(snippet(lines), [1], 32, arguments, [Buffer(rows), Buffer(y, False)])
+
+    load(step)
+    assert np.array_equal(y, rows[1])
+    for outside in (step + 4, step - 4, 4, -step):
+        with pytest.raises(MemoryFault):
+            load(outside)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from ptxsim import Buffer, Counters, Module, launch, parse
-from tensor_memory import FreshMemory, as_array
+from ptxsim import Counters, Module, launch, parse
+from tensor_memory import FreshMemory
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -67,10 +67,8 @@ class Gpu:
             grid,
             32 * compiled.metadata.num_warps,
             [*numbers, 0, 0],
-            [Buffer(as_array(x), not self.fresh.holds(x)) for x in tensors],
+            [self.fresh.buffer(x) for x in tensors],
             shared_bytes=compiled.metadata.shared - self.shared_less,
         )
-        for x in tensors:
-            self.fresh.written(x)
         self.launches.append(counters)
         return counters

@@ -85,8 +85,9 @@ __device__ void rotate_heads(const RotaryArgs& args, const RotaryTensor& tensor,
     for (int i = 0; i < kPairs; ++i) {
       const float u = static_cast<float>(kNeighbours ? in[0].at[2 * i] : in[0].at[i]);
       const float v = static_cast<float>(kNeighbours ? in[0].at[2 * i + 1] : in[kLoads - 1].at[i]);
-      a[i] = u * c[i] - v * s[i];
-      b[i] = v * c[i] + u * s[i];
+      // Which product is fused is said here: left to the compiler, it differs between widths, and so would results.
+      a[i] = __fmaf_rn(u, c[i], -__fmul_rn(v, s[i]));
+      b[i] = __fmaf_rn(v, c[i], __fmul_rn(u, s[i]));
     }
     if constexpr (kNeighbours) {
 #pragma unroll

@@ -29,6 +29,13 @@ __device__ float dot_product(const Pack<T, kVec>& g, const Pack<T, kVec>& p, flo
   return sum;
 }
 
+template <class T, int kVec>
+__device__ float add_up(const Pack<T, kVec>& p, float sum) {
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) sum += static_cast<float>(p.at[j]);
+  return sum;
+}
+
 template <class T, class Out, bool kGeneral, int kVec>
 __device__ void store_gradient(const SoftmaxArgs& args, const Plan& plan, const Row& row, Out* out, int k, float factor,
                                float dot, const Pack<T, kVec>& g, const Pack<T, kVec>& p) {
@@ -51,7 +58,7 @@ template <class T, class Out, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     softmax_backward_kernel(const __grid_constant__ SoftmaxArgs args, const Plan plan) {
   constexpr int kVec = kVecOf<T>, kSlots = slots_of(kVec, kGeneral);
-  __shared__ float partial[kMaxThreads / 32];
+  __shared__ float partial[2][kMaxThreads / 32];
   Row row;
   if (!find_row(args, row)) return;
   const T *grad = row_of<const T>(args.grad, row), *probs = row_of<const T>(args.probs, row);
@@ -70,7 +77,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       load_gradient<T, kGeneral>(args, plan, row, grad, probs, first + slot * step, g[slot], p[slot]);
       dot = dot_product(g[slot], p[slot], dot);
     }
-    dot = reduce_row<Add>(dot, partial) * keep_scale;
+    dot = reduce_row<Add>(dot, partial[0]) * keep_scale;
+    // A row without a visible key has no gradient, whatever comes in for it: if that is infinite or NaN, dot is NaN in all
+    // of the row's threads, and they look.
+    if (dot != dot) {
+      float total = 0.0f;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (first + slot * step < row.visible) total = add_up(p[slot], total);
+      }
+      if (reduce_row<Add>(total, partial[1]) == 0.0f) dot = 0.0f, row.visible = 0;
+    }
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       if (k < row.visible) {
@@ -84,7 +101,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       load_gradient<T, kGeneral>(args, plan, row, grad, probs, k, g, p);
       dot = dot_product(g, p, dot);
     }
-    dot = reduce_row<Add>(dot, partial) * keep_scale;
+    dot = reduce_row<Add>(dot, partial[0]) * keep_scale;
+    if (dot != dot) {  // as above
+      float total = 0.0f;
+      for (k = first; k < row.visible; k += step) {
+        load_vector(probs, k, row.visible, !kGeneral || plan.aligned, p);
+        total = add_up(p, total);
+      }
+      if (reduce_row<Add>(total, partial[1]) == 0.0f) dot = 0.0f, row.visible = 0;
+    }
     for (k = first; k < row.visible; k += step) {
       load_gradient<T, kGeneral>(args, plan, row, grad, probs, k, g, p);
       store_gradient<T, Out, kGeneral>(args, plan, row, out, k, factor, dot, g, p);

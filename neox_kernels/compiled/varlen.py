@@ -61,7 +61,12 @@ class _GatherRows(torch.autograd.Function):
         indices, inverse = ctx.saved_tensors
         needed = {i: g for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[2 + i]}
         if inverse is None:  # rows may repeat: their gradients add up
-            rows = [g.new_zeros(ctx.rows, *g.shape[1:]).index_add(0, indices, g) for g in needed.values()]
+            at, room = indices, ctx.rows
+            if indices.is_cuda:
+                # An index that is no row read nothing, and adds nothing: index_add would end the process's use of the
+                # GPU. On a CPU the forward has refused it.
+                at, room = indices.where((indices >= 0) & (indices < room), room), room + 1
+            rows = [g.new_zeros(room, *g.shape[1:]).index_add(0, at, g)[: ctx.rows] for g in needed.values()]
         else:
             rows = _GATHER_ROWS(list(needed.values()), inverse, indices)
         found = dict(zip(needed, rows, strict=True))

@@ -17,16 +17,21 @@ RED_ZONE = 256  # bytes that nobody owns around every buffer; positions keep the
 # On the device buffers lie far apart. On the host they may be neighbours, and who runs over the end of one would not
 # be seen.
 APART = 1 << 40
+GAP = 1 << 20  # bytes between the parts of an array that are worth leaving out of the copy
 # A generic address names a space by its upper bits.
 WINDOWS = {"shared": 1 << 56, "local": 1 << 57, "param": 1 << 58}
 WINDOW_MASK = np.uint64(sum(WINDOWS.values()))
 
 
 class Buffer(NamedTuple):
-    """Memory of the host that a kernel may touch: the elements of the array, and no byte between its strides."""
+    """Memory of the host that a kernel may touch: the elements of the array, and no byte between its strides.
+
+    initialised: whether something wrote it; or that of every byte, (*array.shape, array.itemsize), which a launch
+    brings up to date, so that a later launch knows what an earlier one left out.
+    """
 
     array: Array
-    initialised: bool = True
+    initialised: bool | Array = True
 
 
 class Space:
@@ -98,18 +103,44 @@ class PartitionedSpace(Space):
 class Region:
     """Buffers that overlap, as slices of one tensor may, or a variable of the PTX text: one piece of memory."""
 
-    def __init__(self, content: Array, number: int, host_address: int = 0) -> None:
+    def __init__(self, content: Array, low: int, host_address: int = 0) -> None:
         self.content, self.host_address = content, host_address
-        self.low = (number + 1) * APART + host_address % RED_ZONE  # on the device, aligned as it is on the host
-        self.high = self.low + len(content)
+        self.low, self.high = low, low + len(content)  # on the device
         self.position = 0  # of its bytes in the space
 
 
-def _byte_bounds(array: Array) -> tuple[int, int]:
+Bounds = tuple[int, int]
+
+
+def _byte_bounds(array: Array) -> Bounds:
     low = high = array.__array_interface__["data"][0]
     for count, stride in zip(array.shape, array.strides, strict=True):
         low, high = low + min(0, (count - 1) * stride), high + max(0, (count - 1) * stride)
     return low, high + array.itemsize
+
+
+def _parts(buffer: Buffer) -> list[Buffer]:
+    """The buffer, or its parts where these lie far apart: rows that are gigabytes away from each other cost no copy."""
+    array, initialised = buffer
+    low, high = _byte_bounds(array)
+    if high - low <= array.nbytes + GAP:
+        return [buffer]
+    widest = int(
+        np.argmax([abs(stride) * (count > 1) for count, stride in zip(array.shape, array.strides, strict=True)])
+    )
+    rows = np.moveaxis(array, widest, 0)
+    flags = [initialised] * len(rows) if isinstance(initialised, bool) else np.moveaxis(initialised, widest, 0)
+    return [part for row in zip(rows, flags, strict=True) for part in _parts(Buffer(*row))]
+
+
+def _merged(bounds: Iterable[Bounds]) -> list[Bounds]:
+    merged: list[Bounds] = []
+    for low, high in sorted(bounds):
+        if merged and low < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    return merged
 
 
 def _host_memory(low: int, high: int) -> Array:
@@ -124,15 +155,16 @@ class GlobalSpace(Space):
 
     def __init__(self, buffers: Sequence[Buffer], constants: dict[str, bytes]) -> None:
         buffers = [buffer for buffer in buffers if buffer.array.size]
-        bounds: list[tuple[int, int]] = []
-        for low, high in sorted(_byte_bounds(buffer.array) for buffer in buffers):
-            if bounds and low < bounds[-1][1]:
-                bounds[-1] = (bounds[-1][0], max(high, bounds[-1][1]))
-            else:
-                bounds.append((low, high))
-        self.buffers = [Region(_host_memory(*ends), i, ends[0]) for i, ends in enumerate(bounds)]
+        # What overlaps is one object, and keeps its distances. Objects lie APART, each aligned as it is on the host.
+        objects = _merged(_byte_bounds(buffer.array) for buffer in buffers)
+        shifts = [(i + 1) * APART + low % RED_ZONE - low for i, (low, _) in enumerate(objects)]
+        self.parts = [part for buffer in buffers for part in _parts(buffer)]
+        self.buffers = []
+        for low, high in _merged(_byte_bounds(part.array) for part in self.parts):
+            shift = next(shift for shift, ends in zip(shifts, objects, strict=True) if low < ends[1])
+            self.buffers.append(Region(_host_memory(low, high), low + shift, low))
         self.variables = {
-            name: Region(np.frombuffer(content, np.uint8), len(bounds) + i)
+            name: Region(np.frombuffer(content, np.uint8), (len(objects) + i + 1) * APART)
             for i, (name, content) in enumerate(constants.items())
         }
         self.symbols = {name: region.low for name, region in self.variables.items()}
@@ -140,8 +172,9 @@ class GlobalSpace(Space):
         self._lay_out()
         for region in self.variables.values():
             self.shadow[region.position : region.position + len(region.content)] = VALID | INITIALISED
-        for buffer in buffers:
-            self._own(buffer)
+        for part in self.parts:
+            bits = np.where(part.initialised, VALID | INITIALISED, VALID)
+            self._shadow_of(part.array)[...] |= bits.astype(np.uint8)
 
     def _lay_out(self) -> None:
         end = RED_ZONE
@@ -155,15 +188,12 @@ class GlobalSpace(Space):
         self.highs = np.array([region.high for region in self.regions] or [0], np.uint64)
         self.shifts = np.array([region.position - region.low for region in self.regions] or [0], np.int64)
 
-    def _own(self, buffer: Buffer) -> None:
-        """Mark the bytes of the elements."""
-        address = self.on_device(buffer.array.__array_interface__["data"][0])
+    def _shadow_of(self, array: Array) -> Array:
+        """Of each byte of the elements, (*array.shape, array.itemsize)."""
+        address = self.on_device(array.__array_interface__["data"][0])
         at = int(np.searchsorted(self.lows, np.uint64(address), side="right")) - 1
-        shape = (*buffer.array.shape, buffer.array.itemsize)
-        elements = np.lib.stride_tricks.as_strided(
-            self.shadow[address + int(self.shifts[at]) :], shape, (*buffer.array.strides, 1)
-        )
-        elements[...] |= VALID | (INITIALISED if buffer.initialised else 0)
+        begin, strides = self.shadow[address + int(self.shifts[at]) :], (*array.strides, 1)
+        return np.lib.stride_tricks.as_strided(begin, (*array.shape, array.itemsize), strides)
 
     def on_device(self, word: int) -> int:
         """The device's address of a byte of a buffer; any other number stays what it is."""
@@ -198,3 +228,6 @@ class GlobalSpace(Space):
             result = self.bytes[region.position : region.position + len(region.content)]
             if not np.array_equal(region.content, result):
                 region.content[:] = result
+        for array, initialised in self.parts:
+            if not isinstance(initialised, bool):
+                initialised[...] = self._shadow_of(array) & INITIALISED != 0
