@@ -63,7 +63,8 @@ class CudaOps:
 
     def __init__(self, folder: Path) -> None:
         """Compile into the folder. Raises CannotBuild where a tool is missing."""
-        nvcc, cxx, (include, _) = find_cuda().nvcc, find_compiler(), find_torch()
+        cuda, cxx, (include, _) = find_cuda(), find_compiler(), find_torch()
+        self.folder, self.nvcc, self.nvcc_version = folder, cuda.nvcc, cuda.version
         (folder / "prefix.h").write_text(PREFIX)
         target = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
         common = [*target, "-isystem", include, "-include", folder / "prefix.h"]
@@ -75,7 +76,7 @@ class CudaOps:
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             objects.append(folder / f"{source.stem}.o")
             words = [
-                nvcc,
+                cuda.nvcc,
                 "--expt-relaxed-constexpr",
                 "-Xcompiler=-fPIC",
                 "--keep",
@@ -110,15 +111,26 @@ class CudaOps:
         contents = [ctypes.string_at(arguments[i], place.size) for i, place in enumerate(places)]
         self.launches.append(Launch(kernel, grid[:3], block[:3], shared_bytes, contents))
 
+    def record(self, name: str, *arguments: Any) -> tuple[Any, list[Launch]]:
+        """What the op allocates for its results, and its launches, which do not run."""
+        self.launches.clear()
+        return getattr(self.ops, name)(*arguments), list(self.launches)
+
+    def assemble(self, ptx: str, arch: str) -> bytes:
+        """The machine code of a PTX text for ``sm_90``, say, with the lines that the text numbers."""
+        text, cubin = self.folder / "one.ptx", self.folder / "one.cubin"
+        text.write_text(ptx)
+        run([self.nvcc, f"-arch={arch}", "-Xptxas=-lineinfo", "-cubin", text, "-o", cubin])
+        return cubin.read_bytes()
+
     def call(self, name: str, arch: int, *arguments: Any) -> tuple[Any, list[Counters]]:
         """What the op gives, once its launches have run as on this architecture, and what they cost."""
-        self.launches.clear()
-        result = getattr(self.ops, name)(*arguments)
+        result, launches = self.record(name, *arguments)
         given, made = tensors_in(arguments), tensors_in([result])
         fresh = [x for x in made if all(x.data_ptr() != y.data_ptr() for y in given)]
         buffers = [*(Buffer(as_array(x)) for x in given), *(Buffer(as_array(x), False) for x in fresh)]
         counters = []
-        for one in self.launches:
+        for one in launches:
             module = self.kernels[arch][one.kernel]
             counters.append(
                 launch(
