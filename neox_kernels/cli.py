@@ -99,9 +99,9 @@ def _app() -> "typer.Typer":
         The JSON has "versions", "absent" (part: reason), "prediction" and "rows". A row has backend, kernel,
         configuration, dtype, arch, grid, threads, registers, spill_bytes, shared_bytes, occupancy (0 to 1) and
         occupancy_limit, loads and stores ({bytes of an access: instructions}), access_bytes (the widest that alignment
-        allows), instructions (of the code) and, per element, instructions_run, l1_bytes, dram_bytes, minimum_bytes;
-        then narrow_share (of l1_bytes), instruction_limit, predicted_card, predicted_us, absent and missed_gates.
-        What is absent is null.
+        allows), instructions (of the code) and, per element, instructions_run, ptx_run, l1_bytes, dram_bytes and
+        minimum_bytes; then narrow_share (of l1_bytes), instruction_limit, predicted_card, predicted_us, absent and
+        missed_gates. What is absent is null.
         """
         try:
             from neox_kernels.kernel_report import command

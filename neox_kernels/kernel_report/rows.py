@@ -40,6 +40,7 @@ class Row:
     minimum_bytes: float  # per element, that the call must read and write
     instructions: int | None = None  # of the machine code, without padding
     instructions_run: float | None = None  # per element
+    ptx_run: float | None = None  # PTX instructions per element
     l1_bytes: float | None = None  # per element, asked of L1
     dram_bytes: float | None = None  # per element
     narrow_share: float | None = None  # of l1_bytes, by accesses narrower than access_bytes
@@ -79,6 +80,7 @@ def dtype_name(case: Case) -> str:
 
 def add_counts(row: Row, case: Case, code: sass.Code, counts: Counts) -> None:
     row.instructions_run = code.executed(counts.by_line) * WARP / (case.elements * counts.share)
+    row.ptx_run = sum(counts.by_line.values()) * WARP / (case.elements * counts.share)
     row.l1_bytes = counts.l1_bytes / case.elements
     row.dram_bytes = counts.dram_bytes / case.elements
     row.narrow_share = counts.narrow_share(case.width)
@@ -123,7 +125,7 @@ def triton_row(case: Case, arch: str) -> Row:
             "triton", case.kernel, case.configuration, dtype_name(case), arch, planned.grid, threads, found.registers,
             found.spills, found.shared_bytes, found.waves / gcn.MAX_WAVES, "as the compiler says", found.loads,
             found.stores, case.width, case.minimum_bytes / case.elements,
-            absent=dict.fromkeys(("instructions_run", "l1_bytes", "dram_bytes", "predicted_us"), reason),
+            absent=dict.fromkeys(("instructions_run", "ptx_run", "l1_bytes", "dram_bytes", "predicted_us"), reason),
         )  # fmt: skip
     name = compiled.metadata.name
     row, code = make_row(case, "triton", arch, planned.grid, threads, compiled.asm["cubin"], name, shared)
@@ -162,7 +164,9 @@ def finish(row: Row, case: Case, code: sass.Code, run: Callable[[], Counts]) -> 
     try:
         add_counts(row, case, code, run())
     except Unavailable as reason:
-        row.absent = dict.fromkeys(("instructions_run", "l1_bytes", "dram_bytes", "narrow_share"), str(reason))
+        row.absent = dict.fromkeys(
+            ("instructions_run", "ptx_run", "l1_bytes", "dram_bytes", "narrow_share"), str(reason)
+        )
     predict(row, case)
 
 
