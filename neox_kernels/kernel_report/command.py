@@ -111,25 +111,40 @@ def as_dict(rows: Iterable[Row], made_by: dict[str, str | None], absent: dict[st
     }
 
 
+def table_cells(row: Row, narrow: bool) -> dict[str, str]:
+    """What the terminal shows of a row, by column."""
+    wide_only = {
+        "shared": str(row.shared_bytes),
+        "limit": row.occupancy_limit,
+        "loads": widths(row.loads),
+        "stores": widths(row.stores),
+        "L1 B/el": number(row.l1_bytes),
+    }
+    return {
+        "backend": row.backend,
+        "arch": row.arch,
+        "regs": str(row.registers),
+        "spill": str(row.spill_bytes),
+        "occupancy": f"{row.occupancy:.0%}",
+        **({} if narrow else wide_only),
+        "SASS/el": number(row.instructions_run),
+        "DRAM B/el (min)": f"{number(row.dram_bytes)} ({number(row.minimum_bytes)})",
+        "predicted": "-" if row.predicted_us is None else f"{row.predicted_us:.1f} us {row.predicted_card}",
+    }
+
+
 def show(console: Console, rows: list[Row]) -> None:
-    columns = (
-        "backend", "arch", "regs", "spill", "shared", "occupancy", "loads", "stores", "SASS/el", "L1 B/el", "DRAM B/el",
-        "minimum", "predicted",
-    )  # fmt: skip
+    """One table for every configuration; a narrow terminal gets fewer columns."""
+    narrow = console.width < 130
     for title in dict.fromkeys((row.kernel, row.configuration, row.dtype) for row in rows):
         table = Table(title=", ".join(title), title_justify="left", title_style="bold", header_style="")
-        for column in columns:
-            table.add_column(column, overflow="fold", justify="left" if column in columns[:2] else "right")
         for row in rows:
-            if (row.kernel, row.configuration, row.dtype) != title:
-                continue
-            time = "-" if row.predicted_us is None else f"{row.predicted_us:.1f} us {row.predicted_card}"
-            table.add_row(
-                row.backend, row.arch, str(row.registers), str(row.spill_bytes), str(row.shared_bytes),
-                f"{row.occupancy:.0%} ({row.occupancy_limit})", widths(row.loads), widths(row.stores),
-                number(row.instructions_run), number(row.l1_bytes), number(row.dram_bytes), number(row.minimum_bytes),
-                time, style="red" if missed_gates(row) else "",
-            )  # fmt: skip
+            if (row.kernel, row.configuration, row.dtype) == title:
+                cells = table_cells(row, narrow)
+                if not table.columns:
+                    for name in cells:
+                        table.add_column(name, justify="left" if name in ("backend", "arch") else "right")
+                table.add_row(*cells.values(), style="red" if missed_gates(row) else "")
         console.print(table)
     for name, missed in ((row.name, missed_gates(row)) for row in rows):
         for gate in missed:

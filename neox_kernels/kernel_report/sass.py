@@ -134,7 +134,7 @@ def read_cubin(cubin: bytes, kernel: str) -> tuple[Code, Usage]:
 
         def run(tool: str, *options: str) -> str:
             words = [str(find_tool(tool)), *options, file.name]
-            return subprocess.run(words, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
+            return subprocess.run(words, capture_output=True, encoding="utf-8", check=True).stdout
 
         code, usage = parse_code(run("nvdisasm", "-c", "-g")), parse_usage(run("cuobjdump", "-res-usage"))
     return code[kernel], usage[kernel]
