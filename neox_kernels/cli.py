@@ -82,6 +82,47 @@ def _app() -> "typer.Typer":
         if not demonstration.show(demonstration.Scale(layers, width, seqlen, seconds, device), json):
             raise typer.Exit(1)
 
+    @app.command()
+    def kernel_report(
+        arch: Annotated[
+            list[str] | None,
+            typer.Option(help="sm_80, sm_90, sm_100 or gfx942 (Triton only); may be repeated. Default: all of them."),
+        ] = None,
+        json: Annotated[Path | None, typer.Option(help="Write the rows there.")] = None,
+        html: Annotated[Path | None, typer.Option(help="Write one self-contained page there.")] = None,
+    ) -> None:
+        """Report what the GPU kernels cost, without a GPU: registers, occupancy, instructions, bytes; no time.
+
+        Counts of instructions and bytes come from the simulator in the source tree's tests; CUDA rows also need nvcc.
+        Where these are missing, the figures are absent with the reason. Times are predicted, from bytes over bandwidth.
+
+        The JSON has "versions", "absent" (part: reason), "prediction" and "rows". A row has backend, kernel,
+        configuration, dtype, arch, grid, threads, registers, spill_bytes, shared_bytes, occupancy (0 to 1) and
+        occupancy_limit, loads and stores ({bytes of an access: instructions}), access_bytes (the widest that alignment
+        allows), instructions (of the code) and, per element, instructions_run, ptx_run, l1_bytes, dram_bytes and
+        minimum_bytes; then narrow_share (of l1_bytes), instruction_limit, predicted_card, predicted_us, absent and
+        missed_gates. What is absent is null.
+        """
+        try:
+            from neox_kernels.kernel_report import command
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "triton":
+                raise
+            sys.exit('The report needs triton: pip install "neox-kernels[triton]"')
+        try:
+            archs = command.check_archs(arch or [])
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--arch") from error
+        for option, path in (("--json", json), ("--html", html)):
+            try:
+                command.check_writable(path)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint=option) from error
+        try:
+            command.run(archs, json, html)
+        except FileNotFoundError as error:
+            sys.exit(f"The report cannot be made: {error}")
+
     return app
 
 

@@ -65,7 +65,8 @@ class CudaOps:
 
     def __init__(self, folder: Path) -> None:
         """Compile into the folder. Raises CannotBuild where a tool is missing."""
-        nvcc, cxx, (include, _) = find_cuda().nvcc, find_compiler(), find_torch()
+        cuda, cxx, (include, _) = find_cuda(), find_compiler(), find_torch()
+        self.folder, self.nvcc, self.nvcc_version = folder, cuda.nvcc, cuda.version
         (folder / "prefix.h").write_text(PREFIX)
         target = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
         common = [*target, "-isystem", include, "-include", folder / "prefix.h"]
@@ -77,7 +78,7 @@ class CudaOps:
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             objects.append(folder / f"{source.stem}.o")
             words = [
-                nvcc,
+                cuda.nvcc,
                 "--expt-relaxed-constexpr",
                 "-Xcompiler=-fPIC",
                 "--keep",
@@ -109,6 +110,7 @@ class CudaOps:
         self.given: list[Buffer] = []
         self.made: dict[int, Buffer] = {}  # by address
         self.fault: Exception | None = None
+        self.recording = False
         self._hooks = HOOK(self._run), MEMORY_HOOK(self._own)  # kept: the library only has their addresses
         ctypes.CDLL(str(library)).neox_set_hooks(*self._hooks)
 
@@ -137,12 +139,32 @@ class CudaOps:
             contents = [ctypes.string_at(arguments[i], place.size) for i, place in enumerate(places)]
             one = Launch(kernel, grid[:3], block[:3], shared_bytes, contents)
             self.launches.append(one)
+            if self.recording:
+                return
             buffers = [*self.given, *self.made.values()]
             self.counters.append(
                 launch(module, one.grid, one.block, contents, buffers, shared_bytes=shared_bytes, kernel=kernel)
             )
         except Exception as fault:  # C++ called, and no exception passes through it
             self.fault = fault
+
+    def record(self, name: str, *arguments: Any) -> tuple[Any, list[Launch]]:
+        """What the op allocates for its results, and its launches, which do not run."""
+        self.launches, self.fault, self.recording = [], None, True
+        try:
+            result = getattr(self.ops, name)(*arguments)
+        finally:
+            self.recording = False
+        if self.fault is not None:
+            raise self.fault
+        return result, self.launches
+
+    def assemble(self, ptx: str, arch: str) -> bytes:
+        """The machine code of a PTX text for ``sm_90``, say, with the lines that the text numbers."""
+        text, cubin = self.folder / "one.ptx", self.folder / "one.cubin"
+        text.write_text(ptx)
+        run([self.nvcc, f"-arch={arch}", "-Xptxas=-lineinfo", "-cubin", text, "-o", cubin])
+        return cubin.read_bytes()
 
     def call(self, name: str, arch: int, *arguments: Any) -> tuple[Any, list[Counters]]:
         """What the op gives, its launches run as on this architecture, and what they cost."""

@@ -49,11 +49,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.integrations": {*API, "neox_kernels.integrations", "neox_kernels.models", "transformers"},
     # These two also report what the compiled library has.
     "neox_kernels.demo": {*API, "neox_kernels.models", "neox_kernels.compiled", "transformers", "rich"},
-    "neox_kernels.cli": {*API, "neox_kernels.models", "neox_kernels.compiled", "neox_kernels.demo", "typer", "rich"},
+    "neox_kernels.kernel_report": {*API, "neox_kernels.kernels", "neox_kernels.kernel_report", "triton", "rich"},
+    "neox_kernels.cli": {
+        *API,
+        *(f"neox_kernels.{name}" for name in ("models", "compiled", "demo", "kernel_report")),
+        "typer",
+        "rich",
+    },
     "neox_kernels.__main__": {"neox_kernels.cli"},
 }
 # Only where a function runs, or for type checkers: whoever imports the package has not asked for them ...
-LAZY = ("integrations", "cli", "demo", "models", "kernels")
+LAZY = ("integrations", "cli", "demo", "models", "kernels", "kernel_report")
 OPTIONAL = ("transformers", "triton", "flash_attn", "matplotlib", "typer", "rich", "numpy")
 # ... but where they are asked for.
 ASKED_FOR = tuple(f"neox_kernels.{name}" for name in (*LAZY, "__main__"))

@@ -59,6 +59,26 @@ def test_a_copy_is_quiet_and_counted() -> None:
     assert counters.by_opcode["st"] == 8
 
 
+def test_counts_by_source_line_and_by_width() -> None:
+    """Before the first .loc it is line 0; a branch that is skipped runs nothing of its line."""
+    lines = "\n.loc 1 7 0\n" + WORDS + "\n.loc 1 9 3, function_name $x\n ld.global.u32 %r3, [%rd2];\n"
+    lines += "setp.eq.u32 %p1, %r0, %r0;\n@%p1 bra over;\n.loc 1 11 0\nadd.u32 %r3, %r3, 1;\nover:\n"
+    lines += ".loc 1 12 0\nst.global.u32 [%rd3], %r3;\n"
+    x, y = words(128), fresh(128)
+    counters = run(lines, x, y, grid=2, block=64)
+    assert np.array_equal(x, y)
+    assert counters.by_line == {0: 4 * 6, 7: 4 * 3, 9: 4 * 3, 12: 4 * 2}
+    assert counters.loads.sectors_by_width == {4: counters.loads.l1_sectors}
+
+
+def test_some_blocks_of_a_grid() -> None:
+    x, y = words(256), fresh(256)
+    counters = run(COPY, x, y, grid=4, block=64, blocks=[1, 3])
+    assert np.array_equal(x[64:128], y[64:128]) and np.array_equal(x[192:], y[192:])
+    assert (y[:64] == 0xDEADBEEF).all() and (y[128:192] == 0xDEADBEEF).all()
+    assert counters.warp_instructions == 4 * 12
+
+
 def test_strided_access_costs_sectors() -> None:
     x, y = words(32 * 16), fresh(32 * 16)
     lines = (

@@ -18,7 +18,8 @@ from tensor_memory import FreshMemory
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton_compile import compile_kernel
+
+from neox_kernels.kernel_report.compile import compile_kernel
 
 
 @contextmanager

@@ -18,6 +18,7 @@ class Traffic:
 
     requests: int = 0  # by warps
     l1_sectors: int = 0  # what the requests ask of the L1 cache: a sector once for each request that touches it
+    sectors_by_width: Counter[int] = field(default_factory=Counter)  # the same by the bytes of each lane's access
     touched: Array = field(default_factory=lambda: np.zeros(0, bool))
 
     @property
@@ -32,6 +33,7 @@ class Counters:
     thread_instructions: int = 0
     barriers: int = 0
     by_opcode: Counter[str] = field(default_factory=Counter)
+    by_line: Counter[int] = field(default_factory=Counter)  # warp instructions of each source line
     loads: Traffic = field(default_factory=Traffic)
     stores: Traffic = field(default_factory=Traffic)
     shared_requests: int = 0
@@ -48,7 +50,9 @@ class Counters:
         sectors = np.concatenate((first, last)) if size > SECTOR else first
         traffic.requests += np.unique(warps).size
         span = int(sectors.max()) + 1
-        traffic.l1_sectors += np.unique(np.resize(warps, sectors.size).astype(np.int64) * span + sectors).size
+        asked = np.unique(np.resize(warps, sectors.size).astype(np.int64) * span + sectors).size
+        traffic.l1_sectors += asked
+        traffic.sectors_by_width[size] += asked
 
     def shared_access(self, positions: Array, warps: Array, size: int) -> None:
         """Banks of 4 bytes: a warp needs a wavefront for every different word of its busiest bank."""

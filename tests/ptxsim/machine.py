@@ -94,6 +94,7 @@ class Machine:
             self.counters.warp_instructions += warps
             self.counters.thread_instructions += threads
             self.counters.by_opcode[ins.opcode] += warps
+            self.counters.by_line[ins.line] += warps
             if ins.opcode == "bra":
                 if not some:
                     place += 1

@@ -42,7 +42,8 @@ RED_ZONE = 128
 def parse(text: str) -> Module:
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*\.file\b[^\n]*", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*\.loc\s+\d+\s+(\d+)[^\n]*", r".loc \1;", text, flags=re.MULTILINE)
     text = re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.MULTILINE)[0]
     dynamic_shared = re.findall(rf"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+({NAME})\[\]", text)
     kernels = {}
@@ -102,6 +103,7 @@ class _Body:
         self.dynamic_shared = dynamic_shared
         self.scopes: list[dict[str, str]] = [{}]  # of each open brace: its registers, and what they are called here
         self.opened = 0
+        self.line = 0
 
     def parse(self, text: str) -> None:
         position = 0
@@ -128,7 +130,9 @@ class _Body:
             self.declare_registers(text)
         elif found := ARRAY.match(text):
             self.declare_array(found)
-        elif not text.startswith((".pragma", ".param", ".loc")):
+        elif text.startswith(".loc"):
+            self.line = int(text.split()[1])
+        elif not text.startswith((".pragma", ".param")):
             if text.startswith("."):
                 raise PtxError(f"a directive that is not understood: {text}")
             self.kernel.instructions.append(self.instruction(text))
@@ -176,6 +180,7 @@ class _Body:
             tuple(self.operand(word) for word in _split(found[4])),
             guard,
             bool(found[1]),
+            self.line,
         )
 
     def operand(self, text: str) -> Operand:

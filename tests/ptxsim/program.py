@@ -77,6 +77,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: Register | None  # @p, or with guard_negated @!p
     guard_negated: bool
+    line: int  # of the source, by the .loc before it; 0 without
 
     @property
     def type(self) -> str:

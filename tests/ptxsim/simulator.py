@@ -37,6 +37,7 @@ def launch(
     kernel: str | None = None,
     ignore: tuple[type[Fault], ...] = (),
     order: int | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Counters:
     """Run every block of the grid; the arrays of the buffers then hold the results.
 
@@ -47,6 +48,7 @@ def launch(
         kernel: which one, where the text has several.
         ignore: faults that are let pass. By default all are checked for.
         order: a seed that shuffles the blocks; None runs them by their number.
+        blocks: the numbers of those to run, x counting fastest; None runs all of the grid.
     Raises:
         Fault: the first thing that the kernel does wrong.
         PtxError: the simulator does not know an instruction.
@@ -67,13 +69,15 @@ def launch(
     counters = Counters()
     for traffic in (counters.loads, counters.stores):
         traffic.touched = np.zeros(len(memory.bytes) // SECTOR + 2, bool)
-    blocks = np.arange(int(np.prod(full_grid)))
+    numbers = np.arange(int(np.prod(full_grid)))
+    if blocks is not None:
+        numbers = numbers[np.asarray(blocks)]
     if order is not None:
-        blocks = np.random.default_rng(order).permutation(blocks)
-    races = BlockRaces(memory, _granule(chosen, "global")) if len(blocks) > 1 else None
+        numbers = np.random.default_rng(order).permutation(numbers)
+    races = BlockRaces(memory, _granule(chosen, "global")) if len(numbers) > 1 else None
     per_batch = max(1, BATCH // threads)
-    for begin in range(0, len(blocks), per_batch):
-        lanes = Lanes(chosen, full_grid, full_block, blocks[begin : begin + per_batch], memory.symbols, report)
+    for begin in range(0, len(numbers), per_batch):
+        lanes = Lanes(chosen, full_grid, full_block, numbers[begin : begin + per_batch], memory.symbols, report)
         shared_size = chosen.shared_bytes + shared_bytes
         static = [(place.offset, place.offset + place.size) for place in chosen.shared.values()]
         spaces = {
