@@ -16,7 +16,7 @@ demo: build
 	$(BIN)/neox-kernels demo $(ARGS)
 
 test: build
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .

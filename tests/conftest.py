@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cuda" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("cuda"))  # one process compiles, and only once
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
         for item in items:

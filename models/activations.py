@@ -1,0 +1,43 @@
+"""The activations that configurations name."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.702 * x).sigmoid()
+
+
+class _ClippedGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x).clamp(-10, 10)
+
+
+_TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")  # one formula
+_MODULES: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_python": nn.GELU,
+    "gelu_10": _ClippedGELU,
+    "quick_gelu": _QuickGELU,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "linear": nn.Identity,
+}
+
+
+ACTIVATIONS = frozenset((*_TANH, *_MODULES))
+
+
+def activation(name: str) -> nn.Module:
+    """The module of an activation that a configuration names, one of ``ACTIVATIONS``."""
+    return nn.GELU(approximate="tanh") if name in _TANH else _MODULES[name]()
