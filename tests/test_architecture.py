@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.ops": {"torch", *(f"neox_kernels.{name}" for name in ("backends", "checks", "reference", "ops"))},
     "neox_kernels.nn": {"torch", "neox_kernels.ops"},
     "neox_kernels.attention": {"torch", "neox_kernels.ops"},
-    "neox_kernels.models": {*API, "neox_kernels.models"},
+    "neox_kernels.models": {*API, "neox_kernels.models", "safetensors"},
     "neox_kernels.integrations": {*API, "neox_kernels.integrations", "neox_kernels.models", "transformers"},
     # These two also report what the compiled library has.
     "neox_kernels.demo": {*API, "neox_kernels.models", "neox_kernels.compiled", "transformers", "rich"},
@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Only where a function runs, or for type checkers: whoever imports the package has not asked for them ...
 LAZY = ("integrations", "cli", "demo", "models", "kernels")
-OPTIONAL = ("transformers", "triton", "flash_attn", "matplotlib", "typer", "rich", "numpy")
+OPTIONAL = ("transformers", "triton", "flash_attn", "matplotlib", "safetensors", "typer", "rich", "numpy")
 # ... but where they are asked for.
 ASKED_FOR = tuple(f"neox_kernels.{name}" for name in (*LAZY, "__main__"))
 
