@@ -75,9 +75,16 @@ def test_a_class_that_transformers_lacks(tmp_path: Path) -> None:
     assert_same_parameters(models.GPTJForTokenClassification.from_pretrained(tmp_path), ours)
 
 
-@pytest.mark.parametrize("name", ["GPTNeoXForCausalLM", "GPTJForCausalLM"])
-def test_a_loaded_model_computes_what_the_saved_one_does(name: str, tmp_path: Path) -> None:
-    ours = our_model(name).eval()
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("GPTNeoXForCausalLM", {}), ("GPTNeoXForCausalLM", {"rope_parameters": YARN}), ("GPTJForCausalLM", {})],
+)
+def test_a_loaded_model_computes_what_the_saved_one_does(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """The tables of positions are in no file, and come whole out of the construction without data."""
+    ours = our_model(name, **changes).eval()
     ours.save_pretrained(tmp_path)
     assert torch.equal(logits(getattr(models, name).from_pretrained(tmp_path)), logits(ours))
 
