@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neox_kernels.models import heads
 from neox_kernels.models.activations import activation
-from neox_kernels.models.configuration import GPTNeoXConfig
+from neox_kernels.models.configuration import GPTNeoXConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
 from neox_kernels.models.forward import Forward, is_observed
 
@@ -93,7 +93,7 @@ class GPTNeoXModel(Decoder):
 
 
 class _GPTNeoX:
-    config_class = GPTNeoXConfig
+    config_class: ClassVar[type[ModelConfig]] = GPTNeoXConfig
     decoder_class: ClassVar[type[Decoder]] = GPTNeoXModel
     prefix: ClassVar[str] = "gpt_neox"
 

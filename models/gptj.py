@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neox_kernels.models import heads
 from neox_kernels.models.activations import activation
-from neox_kernels.models.configuration import GPTJConfig
+from neox_kernels.models.configuration import GPTJConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
 from neox_kernels.models.forward import Forward, is_observed
 
@@ -91,7 +91,7 @@ class GPTJModel(Decoder):
 
 
 class _GPTJ:
-    config_class = GPTJConfig
+    config_class: ClassVar[type[ModelConfig]] = GPTJConfig
     decoder_class: ClassVar[type[Decoder]] = GPTJModel
     prefix: ClassVar[str] = "transformer"
 

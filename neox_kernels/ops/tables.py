@@ -55,7 +55,7 @@ def _yarn(frequencies: Tensor, rotary_dim: int, base: float, p: dict[str, Any]) 
     if p.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)
+    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float64, device="cpu") - low) / ((high - low) or 0.001)
     ramp = ramp.clamp(0, 1)
 
     def magnitude(scale: float) -> float:
