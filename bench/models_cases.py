@@ -94,7 +94,7 @@ def forward(case: ModelCase, compiled: bool, *, attentions: bool) -> dict[str, C
 
 
 def check(case: ModelCase, fused: Call, eager: Call) -> None:
-    """In float32 within the policy of a float64 run; in other dtypes no farther from that than twice transformers' own."""
+    """The numbers policy: against a float64 run, at most twice the error of transformers' own in the same dtype."""
     if case.batch > 1:
         return  # the numbers are those of one sequence
     same, got = eager(), fused()

@@ -1,7 +1,7 @@
 """An op family against what people run today, the same under torch.compile, and memcpy of the same bytes.
 
-    python bench/run.py [rotary | softmax | varlen | models] [--model pythia-160m] [--compiled] [--threads 2 --wall] [--json F]
-    python bench/run.py [rotary | softmax | varlen | models] --device cuda [--json F]
+    python bench/run.py [FAMILY] [--model pythia-160m] [--compiled] [--threads 2 --wall] [--json F]
+    python bench/run.py [FAMILY] --device cuda [--json F]
 
 On the CPU one thread and CPU time by default: every figure in the README's tables comes from that. On a GPU its own
 events, torch.compile and the peers that are installed; those that are not are named. A family is a file

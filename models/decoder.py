@@ -196,6 +196,7 @@ class Decoder(PretrainedModel):
 
     def _length(self, position_ids: Tensor | None, batch: int, seqlen: int, start: int) -> int:
         """How many positions the tables must hold."""
+        limit: int = self.config.max_position_embeddings
         if position_ids is None:
             length = start + seqlen
         else:
@@ -204,9 +205,8 @@ class Decoder(PretrainedModel):
                     f"position_ids must be ({batch} or 1, {seqlen}), not of shape {tuple(position_ids.shape)}"
                 )
             if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
-                return self.config.max_position_embeddings  # reading them would cost a sync
+                return limit  # reading them would cost a sync
             length = int(position_ids.max()) + 1 if position_ids.numel() else 0
-        limit = self.config.max_position_embeddings
         if length > limit and self.config.limits_positions:
             raise ValueError(
                 f"{length} positions are more than the {limit} of the configuration's max_position_embeddings"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from neox_kernels.models.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 class WithHead(PretrainedModel):
@@ -42,7 +44,7 @@ class WithHead(PretrainedModel):
         assert isinstance(output, DecoderOutput)
         return output
 
-    def _give(self, output: ModelOutput, return_dict: bool | None) -> Any:
+    def _give(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def parallelize(self, device_map: Mapping[Any, Sequence[int]] | None = None) -> None:
@@ -156,7 +158,8 @@ class SequenceClassification(WithHead):
                 f"pad_token_id of the configuration must be set, or attention_mask be given, for a batch of {batch}"
             )
         places = torch.arange(seqlen, device=hidden.device)
-        return (places * real.to(hidden.device)).argmax(dim=-1)
+        last: Tensor = (places * real.to(hidden.device)).argmax(dim=-1)
+        return last
 
 
 class TokenClassification(WithHead):
