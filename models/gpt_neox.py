@@ -66,10 +66,10 @@ class GPTNeoXLayer(nn.Module):
 
     def forward(self, hidden: Tensor, shared: Forward) -> Tensor:
         attended = self.post_attention_dropout(self.attention(self.input_layernorm(hidden), shared)[0])
-        if not self.use_parallel_residual:  # else both parts see the same input
-            hidden, attended = hidden + attended, None
-        out: Tensor = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden)))
-        return (out if attended is None else out + attended) + hidden
+        residual = attended + hidden
+        between = hidden if self.use_parallel_residual else residual  # parallel: both parts see the same input
+        out: Tensor = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(between))) + residual
+        return out
 
 
 class GPTNeoXModel(Decoder):
