@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.nn": {"torch", "neox_kernels.ops"},
     "neox_kernels.attention": {"torch", *(f"neox_kernels.{name}" for name in ("checks", "ops", "attention_masks"))},
     "neox_kernels.attention_masks": {"torch", "neox_kernels.checks", "neox_kernels.ops"},
-    "neox_kernels.models": {*API, "neox_kernels.models", "safetensors"},
+    "neox_kernels.models": {*API, "neox_kernels.attention", "neox_kernels.models", "safetensors"},
     "neox_kernels.integrations": {*API, "neox_kernels.integrations", "neox_kernels.models", "transformers"},
     # These two also report what the compiled library has.
     "neox_kernels.demo": {*API, "neox_kernels.models", "neox_kernels.compiled", "transformers", "rich"},

@@ -13,10 +13,10 @@ from neox_kernels import backends, causal_softmax, reference
 from neox_kernels.backends import use_backend
 
 # Tests are imported by their path, so what they share is too.
-_spec = importlib.util.spec_from_file_location("softmax_cases", Path(__file__).with_name("softmax_cases.py"))
+_spec = importlib.util.spec_from_file_location("softmax_calls", Path(__file__).with_name("softmax_calls.py"))
 assert _spec is not None and _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
-sys.modules["softmax_cases"] = cases  # its dataclass looks itself up
+sys.modules["softmax_calls"] = cases  # its dataclass looks itself up
 _spec.loader.exec_module(cases)
 
 pytestmark = pytest.mark.gpu

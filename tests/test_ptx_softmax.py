@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_ptxsim import ARCHS, CudaOps
-from softmax_cases import Case, check, make_inputs, run
+from softmax_calls import Case, check, make_inputs, run
 from torch import Tensor
 
 from neox_kernels.compiled import softmax as compiled

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from softmax_cases import Case, check
+from softmax_calls import Case, check
 
 from neox_kernels import kernels
 from neox_kernels.kernels import softmax, softmax_backward
