@@ -1,6 +1,7 @@
 """An op family on the CPU against what people run today, the same under torch.compile, and memcpy of the same bytes.
 
-    python bench/run.py [rotary | softmax | varlen] [--model pythia-160m] [--compiled] [--threads 2 --wall] [--json F]
+    python bench/run.py [rotary | softmax | varlen | attention] [--model pythia-160m] [--compiled] [--threads 2 --wall]
+                        [--json F]
 
 One thread and CPU time by default. Every figure in the README's tables comes from this script. A family is a file
 ``<family>_cases.py`` with OP, BASELINE, CONTENDERS, cases and contenders, and its name in FAMILIES.
@@ -25,7 +26,7 @@ from harness import compare
 import neox_kernels
 from neox_kernels import compiled
 
-FAMILIES = ("rotary", "softmax", "varlen")
+FAMILIES = ("rotary", "softmax", "varlen", "attention")
 
 
 def main() -> None:
