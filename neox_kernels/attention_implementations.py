@@ -62,9 +62,9 @@ def eager(call: Call) -> Result:
 
 def fused(call: Call) -> Result:
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    if q.device.type == "cpu" and call.masks.q_len > 1 and (v.dtype in HALF or q.shape[0] > 1):
-        # oneDNN multiplies strided bfloat16 at half to a third of its speed; and what is no view of (batch * nheads)
-        # matrices torch.matmul copies anyway.
+    if q.device.type == "cpu" and (v.dtype in HALF or q.shape[0] > 1):
+        # oneDNN multiplies strided bfloat16 at a third of its speed, and a lone query at a tenth; and torch.matmul
+        # would itself copy what is no view of (batch * nheads) matrices, with k transposed, which is slower still.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if call.upcast_scores:
         q, k = q.to(_compute(q)), k.to(_compute(k))
