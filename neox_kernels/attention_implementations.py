@@ -61,54 +61,61 @@ def eager(call: Call) -> Result:
 
 
 def fused(call: Call) -> Result:
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    rows = _rows_at_a_time(call)
+    if rows is not None:
+        return _fused_by_rows(call, rows), None
+    q, k, v = _operands(call, call.q, call.k, call.v)
+    probs = _probabilities(call, torch.matmul(q, k.mT), call.masks.key_padding_mask, call.head_mask)
+    return torch.matmul(probs, v).transpose(1, 2), probs if call.output_attentions else None
+
+
+def _operands(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu" and (v.dtype in HALF or q.shape[0] > 1):
         # oneDNN multiplies strided bfloat16 at a third of its speed, and a lone query at a tenth; and torch.matmul
         # would itself copy what is no view of (batch * nheads) matrices, with k transposed, which is slower still.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if call.upcast_scores:
-        q, k = q.to(_compute(q)), k.to(_compute(k))
-    rows = _rows_at_a_time(call)
-    if rows is not None:
-        return _fused_by_rows(call, q, k, v, rows), None
-    probs = _probabilities(call, torch.matmul(q, k.mT), call.masks.key_padding_mask)
-    return torch.matmul(probs, v).transpose(1, 2), probs if call.output_attentions else None
+    return (q.to(_compute(q)), k.to(_compute(k)), v) if call.upcast_scores else (q, k, v)
 
 
 def _rows_at_a_time(call: Call) -> int | None:
-    """How many queries the fused implementation serves together; None for all of them at once.
+    """How many queries of one sequence the fused implementation serves together; None for the whole batch at once.
 
-    In parts, half of a long causal square is never multiplied, and scores stay in the cache: float32 takes 0.8 of the
-    time at (1, 512) and half at (1, 2048), 12 heads of 64. oneDNN prefers larger matrices.
+    In parts, half of a long causal square is never multiplied, and scores stay in the cache: 12 heads of 64 in float32
+    take 0.8 of the time at (1, 512) and half at (1, 2048). oneDNN prefers larger matrices.
     """
     masks = call.masks
     if torch.compiler.is_compiling() or call.q.device.type != "cpu" or not masks.causal or masks.attn_mask is not None:
         return None
     rows = 512 if call.v.dtype in HALF else 128
     whole = call.output_attentions or call.dropout_p > 0 or torch.is_autocast_enabled("cpu") or call.needs_grad()
-    return None if whole or masks.q_len <= rows else rows
+    return None if whole or call.q.shape[0] * masks.q_len <= rows else rows
 
 
-def _fused_by_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
-    q_len, k_len, padding = call.masks.q_len, call.masks.k_len, call.masks.key_padding_mask
-    out = torch.empty(call.q.shape, dtype=v.dtype)
-    for start in range(0, q_len, rows):
-        end = min(start + rows, q_len)
-        seen = max(0, end + k_len - q_len)  # by the last of these queries: again aligned bottom-right
-        scores = torch.matmul(q[:, :, start:end], k[:, :, :seen].mT)
-        probs = _probabilities(call, scores, None if padding is None else padding[:, :seen])
-        out[:, start:end] = torch.matmul(probs, v[:, :, :seen]).transpose(1, 2)
+def _fused_by_rows(call: Call, rows: int) -> Tensor:
+    q_len, k_len, padding, head_mask = call.masks.q_len, call.masks.k_len, call.masks.key_padding_mask, call.head_mask
+    out = torch.empty(call.q.shape, dtype=call.v.dtype)
+    for b in range(call.q.shape[0]):
+        one = slice(b, b + 1)
+        q, k, v = _operands(call, call.q[one], call.k[one], call.v[one])
+        heads = head_mask[one] if head_mask is not None and head_mask.dim() == 4 and len(head_mask) > 1 else head_mask
+        for start in range(0, q_len, rows):
+            end = min(start + rows, q_len)
+            seen = max(0, end + k_len - q_len)  # by the last of these queries: again aligned bottom-right
+            scores = torch.matmul(q[:, :, start:end], k[:, :, :seen].mT)
+            probs = _probabilities(call, scores, None if padding is None else padding[one, :seen], heads)
+            out[one, start:end] = torch.matmul(probs, v[:, :, :seen]).transpose(1, 2)
     return out
 
 
-def _probabilities(call: Call, scores: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+def _probabilities(call: Call, scores: Tensor, key_padding_mask: Tensor | None, head_mask: Tensor | None) -> Tensor:
     return causal_softmax(
         scores,
         scale=call.scale,
         causal=call.masks.causal,
         key_padding_mask=key_padding_mask,
         attn_mask=call.masks.attn_mask,
-        head_mask=call.head_mask,
+        head_mask=head_mask,
         dropout_p=call.dropout_p,
         inplace=scores.dtype == call.v.dtype and not call.needs_grad(),
         dtype=call.v.dtype,
