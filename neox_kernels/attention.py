@@ -153,7 +153,7 @@ def _order(call: Call, implementation: str) -> tuple[str, ...]:
 
 def _choose(call: Call, implementation: str) -> tuple[str, dict[str, str]]:
     """The implementation that serves, and why those before it do not."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in _order(call, implementation):
         reason = _IMPLEMENTATIONS[name][1](call)
         if reason is None:

@@ -139,8 +139,19 @@ def sdpa(call: Call) -> Result:
 
 
 def fused_is_faster(call: Call) -> bool:
-    """Than PyTorch's SDPA, on a CPU."""
-    return False
+    """Than PyTorch's SDPA, on a CPU, where both can serve: by the measurements of ``bench/run.py attention``.
+
+    With padding SDPA reads a mask and computes the whole square: fused takes 0.6 to 0.85 of its time. Without, SDPA is
+    the faster for a lone query, for long squares and for narrow heads; fused for wide heads up to about 1024 tokens.
+    """
+    masks, head_dim = call.masks, call.q.shape[3]
+    in_parts = not torch.compiler.is_compiling() and call.dropout_p == 0 and masks.attn_mask is None
+    if masks.q_len == 1 or not masks.causal or not in_parts or call.needs_grad():
+        return False
+    if masks.key_padding_mask is not None:
+        return True
+    square = masks.q_len * masks.k_len
+    return square <= 2**20 and (head_dim >= 256 and square >= 2**17 if call.v.dtype in HALF else head_dim >= 128)
 
 
 def flash(call: Call) -> Result:

@@ -101,3 +101,19 @@ def test_explain_attention() -> None:
         choice = explain_attention(Q, K, V, implementation=name)
         assert isinstance(choice, AttentionChoice) and choice.implementation == name and len(choice.reasons) == 3
         assert all(reason == f"{name} is asked for" for other, reason in choice.reasons.items() if "flash" not in other)
+
+
+def test_auto_takes_what_was_measured_to_be_faster() -> None:
+    def taken(q_len: int, k_len: int, head_dim: int, dtype: torch.dtype, **options: Any) -> str:
+        x = torch.empty(2, max(q_len, k_len), 2, head_dim, dtype=dtype)
+        return explain_attention(x[:, :q_len], x[:, :k_len], x[:, :k_len], **options).implementation
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    padding = {"key_padding_mask": torch.arange(512) >= torch.tensor([[0], [9]])}
+    assert taken(512, 512, 64, f32) == taken(512, 512, 128, bf16) == taken(1, 512, 256, f32, **padding) == "sdpa"
+    assert taken(512, 512, 128, f32) == taken(512, 512, 256, bf16) == taken(512, 512, 64, bf16, **padding) == "fused"
+    assert (
+        taken(2048, 2048, 256, f32) == taken(128, 128, 256, bf16) == taken(512, 512, 256, f32, dropout_p=0.1) == "sdpa"
+    )
+    choice = explain_attention(Q, K, V)
+    assert (choice.implementation, choice.reasons["fused"]) == ("sdpa", "sdpa is faster here")
