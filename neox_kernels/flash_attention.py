@@ -194,7 +194,7 @@ def flash_attention(
         cu_q, cu_k = masks.even_cu_seqlens(q.shape[0], q.device)
         total_q, total_k, total_v = (x.flatten(0, 1) for x in (q, k, v))
         result: Tensor = flash.varlen(total_q, total_k, total_v, cu_q, cu_k, masks.q_len, masks.k_len, **options)
-        return result.unflatten(0, q.shape[:2])
+        return result.view(q.shape)
     varlen = masks.for_varlen()
     assert varlen is not None
     queries, keys = varlen
