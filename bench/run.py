@@ -30,7 +30,7 @@ from harness import Call, Sampler, compare, host_sampler
 import neox_kernels
 from neox_kernels import compiled
 
-FAMILIES = ("rotary", "softmax", "varlen", "models")
+FAMILIES = ("rotary", "softmax", "varlen", "attention", "models")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,123 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, scaled_dot_product_attention
 
+from neox_kernels import attention_implementations as serve
+from neox_kernels.attention_implementations import Call, Result
 from neox_kernels.attention_masks import PreparedAttention, prepare_attention
 from neox_kernels.checks import attention as checks
-from neox_kernels.ops.softmax import causal_softmax
 
-Result = tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of a call, checked."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    masks: PreparedAttention
-    head_mask: Tensor | None
-    dropout_p: float
-    output_attentions: bool
-    upcast_scores: bool
-
-    def needs_grad(self) -> bool:
-        masks = (self.masks.attn_mask, self.head_mask)
-        return torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (self.q, self.k, self.v, *masks)
-        )
-
-
-def _eager(call: Call) -> Result:
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    if call.upcast_scores:  # GPT-J
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scores = torch.matmul(q.to(compute), k.to(compute).mT) * call.scale
-    else:  # GPT-NeoX
-        scores = torch.matmul(q, k.mT) * call.scale
-    masks = call.masks
-    seen = masks.visible(q.device)
-    if masks.attn_mask is not None and masks.attn_mask.dtype != torch.bool:
-        scores = scores + masks.attn_mask
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
-    dead = (scores == -torch.inf).all(-1, keepdim=True)
-    # A softmax over nothing is NaN, and so is its gradient.
-    probs = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1, dtype=_compute(scores)).masked_fill(dead, 0.0)
-    probs = dropout(probs.to(v.dtype), call.dropout_p)
-    if call.head_mask is not None:
-        probs = probs * _by_head(call.head_mask, probs.dtype)
-    return torch.matmul(probs, v).transpose(1, 2), probs if call.output_attentions else None
-
-
-def _compute(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _by_head(head_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return (head_mask[:, None, None] if head_mask.dim() == 1 else head_mask).to(dtype)
-
-
-def _fused(call: Call) -> Result:
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    if call.upcast_scores:
-        q, k = q.to(_compute(q)), k.to(_compute(k))
-    scores = torch.matmul(q, k.mT)
-    probs = causal_softmax(
-        scores,
-        scale=call.scale,
-        causal=call.masks.causal,
-        key_padding_mask=call.masks.key_padding_mask,
-        attn_mask=call.masks.attn_mask,
-        head_mask=call.head_mask,
-        dropout_p=call.dropout_p,
-        inplace=scores.dtype == v.dtype and not call.needs_grad(),
-        dtype=v.dtype,
-    )
-    return torch.matmul(probs, v).transpose(1, 2), probs if call.output_attentions else None
-
-
-def _sdpa(call: Call) -> Result:
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    masks = call.masks
-    mask = dead = None
-    # torch's is_causal aligns top-left: the same only for a square.
-    square = masks.causal and masks.q_len == masks.k_len and masks.key_padding_mask is None and masks.attn_mask is None
-    if not square:
-        mask, dead = masks.for_sdpa(q.device)
-        if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
-            mask = mask.to(_compute(q))
-    out = scaled_dot_product_attention(q, k, v, mask, call.dropout_p, is_causal=square, scale=call.scale)
-    if dead is not None:
-        out = out.masked_fill(dead, 0.0)
-    return out.transpose(1, 2), None
-
-
-def _not_sdpa(call: Call) -> str | None:
-    if call.output_attentions:
-        return "it gives no probabilities"
-    if call.head_mask is not None:
-        return "it takes no head mask"
-    return None
-
-
-def _always(call: Call) -> str | None:
-    return None
-
+FLASH = "flash_attention_2"
 
 # By name: what serves, and the reason why it cannot serve a call. In the order of preference.
 _IMPLEMENTATIONS: dict[str, tuple[Callable[[Call], Result], Callable[[Call], str | None]]] = {
-    "sdpa": (_sdpa, _not_sdpa),
-    "fused": (_fused, _always),
-    "eager": (_eager, _always),
+    FLASH: (serve.flash, serve.not_flash),
+    "sdpa": (serve.sdpa, serve.not_sdpa),
+    "fused": (serve.fused, serve.always),
+    "eager": (serve.eager, serve.always),
 }
 
 
@@ -153,12 +57,14 @@ def attention(
 ) -> Result:
     """Attention, ``softmax(softmax_scale * q k^T + masks) v``, by the fastest implementation that can serve the call.
 
-    A query that sees no key gets zeros, and a gradient of zeros, whatever the implementation.
+    A query that sees no key gets zeros, and a gradient of zeros, whatever the implementation. FlashAttention also gives
+    zeros to queries that are padding themselves (causal, ``q_len == k_len``), where the others give what they see.
 
     Args:
         q: (batch, q_len, nheads, head_dim); float32, bfloat16, float16 or float64, any strides.
-        k, v: (batch, k_len, nheads, head_dim), of the dtype of ``q``: slices of a packed projection and views of a
-            preallocated cache as they lie.
+        k, v: (batch, k_len, nheads, head_dim), of the dtype of ``q``, slices of a packed projection and views of a
+            preallocated cache as they lie. ``v`` may be bfloat16 or float16 where ``q`` and ``k`` are float32: the
+            result has its dtype.
         causal: query i sees key j only where ``j <= i + k_len - q_len``: the last query sees all.
         softmax_scale: what scores are multiplied with; default ``head_dim ** -0.5``.
         key_padding_mask: (batch, k_len), 1 or True for the keys that may be seen; see :func:`prepare_attention`.
@@ -168,8 +74,10 @@ def attention(
             multiplied with.
         dropout_p: probability of dropping a probability; the others are divided by ``1 - dropout_p``.
         output_attentions: also return the probabilities, after head mask and dropout.
-        implementation: "sdpa" (PyTorch's scaled_dot_product_attention), "fused" (matmul, :func:`causal_softmax`,
-            matmul), "eager" (plain PyTorch, as the families define it; the oracle), or "auto".
+        implementation: "flash_attention_2" (the flash-attn package, or torch's varlen attention on a GPU; what it
+            cannot serve goes on to the next, with one warning), "sdpa" (PyTorch's scaled_dot_product_attention),
+            "fused" (matmul, :func:`causal_softmax`, matmul), "eager" (plain PyTorch, as the families define it; the
+            oracle), or "auto".
         upcast_scores: multiply q and k in float32, as GPT-J does, in ``fused`` and ``eager``; the others hold scores in
             float32 anyway.
         prepared: from :func:`prepare_attention`, in place of ``key_padding_mask``, ``attn_mask`` and ``causal``: what
@@ -188,8 +96,10 @@ def attention(
         q, k, v, causal, softmax_scale, key_padding_mask, attn_mask, head_mask, dropout_p, output_attentions,
         implementation, upcast_scores, prepared,
     )  # fmt: skip
-    choice = _choose(call, implementation)
-    return _IMPLEMENTATIONS[choice.implementation][0](call)
+    name, reasons = _choose(call, implementation)
+    if implementation == FLASH != name and not torch.compiler.is_compiling():
+        _warn_of_fall(reasons[FLASH], name)
+    return _IMPLEMENTATIONS[name][0](call)
 
 
 def explain_attention(
@@ -224,24 +134,37 @@ def explain_attention(
         q, k, v, causal, softmax_scale, key_padding_mask, attn_mask, head_mask, dropout_p, output_attentions,
         implementation, upcast_scores, prepared,
     )  # fmt: skip
-    return _choose(call, implementation)
+    chosen, reasons = _choose(call, implementation)
+    for name in _IMPLEMENTATIONS.keys() - reasons.keys() - {chosen}:
+        reason = _IMPLEMENTATIONS[name][1](call)
+        asked = implementation not in ("auto", FLASH)
+        reasons[name] = reason or (f"{implementation} is asked for" if asked else f"{chosen} is faster here")
+    return AttentionChoice(chosen, {name: reasons[name] for name in _IMPLEMENTATIONS if name in reasons})
 
 
-def _choose(call: Call, implementation: str) -> AttentionChoice:
-    chosen, reasons = "", {}
-    for name, (_, against) in _IMPLEMENTATIONS.items():
-        reason = against(call)
-        if implementation == name and reason is not None:
-            raise ValueError(f"implementation {name!r} cannot serve this call: {reason}")
-        if reason is None and implementation not in ("auto", name):
-            reason = f"{implementation} is asked for"
-        if reason is None and chosen:
-            reason = f"{chosen} comes first"
+def _order(call: Call, implementation: str) -> tuple[str, ...]:
+    """The implementations to try, the fastest first."""
+    if implementation not in ("auto", FLASH):
+        return (implementation,)
+    if call.q.device.type == "cpu" and serve.fused_is_faster(call):
+        return (FLASH, "fused")
+    return (FLASH, "sdpa", "fused")
+
+
+def _choose(call: Call, implementation: str) -> tuple[str, dict[str, str]]:
+    """The implementation that serves, and why those before it do not."""
+    reasons: dict[str, str] = {}
+    for name in _order(call, implementation):
+        reason = _IMPLEMENTATIONS[name][1](call)
         if reason is None:
-            chosen = name
-        else:
-            reasons[name] = reason
-    return AttentionChoice(chosen, reasons)
+            return name, reasons
+        reasons[name] = reason
+    raise ValueError(f"implementation {implementation!r} cannot serve this call: {reasons[implementation]}")
+
+
+@functools.cache
+def _warn_of_fall(reason: str, name: str) -> None:
+    warnings.warn(f"implementation {FLASH!r} cannot serve this call: {reason}; {name} does", UserWarning, stacklevel=4)
 
 
 def _call(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from neox_kernels.checks import attention as checks
 from neox_kernels.checks.common import require_flag
 from neox_kernels.checks.varlen import may_look
+from neox_kernels.ops.varlen import VarlenMetadata, varlen_metadata
+
+
+class Varlen(NamedTuple):
+    """The queries and the keys that FlashAttention gets of a padded batch."""
+
+    queries: VarlenMetadata
+    keys: VarlenMetadata
 
 
 class PreparedAttention:
@@ -25,6 +35,8 @@ class PreparedAttention:
         self.q_len, self.k_len, self.causal = q_len, k_len, causal
         self.key_padding_mask, self.attn_mask = key_padding_mask, attn_mask
         self._sdpa: tuple[Tensor | None, Tensor | None] | None = None
+        self._varlen: tuple[Varlen | None] | None = None
+        self._even: tuple[Tensor, Tensor] | None = None
 
     def visible(self, device: torch.device) -> Tensor | None:
         """Bool, broadcastable to (batch, nheads, q_len, k_len): the keys that a query sees as far as anything but an
@@ -61,6 +73,35 @@ class PreparedAttention:
         if may_look(dead) and not bool(dead.any()):
             return mask, None
         return (mask | dead if mask.dtype == torch.bool else mask.masked_fill(dead, 0.0)), dead
+
+    def for_varlen(self) -> Varlen | None:
+        """Which queries and keys of a batch with ``key_padding_mask`` are left without padding, so that causal aligned
+        bottom-right in each sequence is the causal of the whole; None where there is no such choice. On a GPU this
+        syncs."""
+        if self._varlen is None:
+            self._varlen = (self._make_varlen(),)
+        return self._varlen[0]
+
+    def _make_varlen(self) -> Varlen | None:
+        mask = self.key_padding_mask
+        assert mask is not None
+        keys = varlen_metadata(mask)
+        if self.causal and self.q_len == self.k_len:
+            return Varlen(keys, keys)  # a query is the token of its own key: padding, or not
+        if self.causal and self.q_len > 1:
+            # A hole among the keys would shift what earlier queries see, so all padding must be on the left.
+            if self.q_len > self.k_len or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+                return None
+            return Varlen(varlen_metadata(mask[:, -self.q_len :]), keys)
+        # All keys are seen: every query of a sequence that has any.
+        return Varlen(varlen_metadata(mask.any(-1, keepdim=True).expand(-1, self.q_len)), keys)
+
+    def even_cu_seqlens(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``cu_seqlens`` of queries and keys of a batch without padding, (batch + 1,), int32."""
+        if self._even is None:
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            self._even = starts * self.q_len, starts * self.k_len
+        return self._even
 
 
 def prepare_attention(

@@ -25,6 +25,7 @@ MODULES = {dotted(name, path): path for name, folder in FOLDERS.items() for path
 # What a module may import of others, by the longest of these names that it is or lies in (design, section 2). API is
 # what the package offers: its public names, backends and testing. All may import the standard library.
 API = {"torch", "neox_kernels"}
+ATTENTION = {f"neox_kernels.{name}" for name in ("attention_implementations", "attention_masks", "flash_attention")}
 MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels": {
         "torch",
@@ -43,8 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.kernels": {"torch", "triton", "neox_kernels.kernels"},
     "neox_kernels.ops": {"torch", *(f"neox_kernels.{name}" for name in ("backends", "checks", "reference", "ops"))},
     "neox_kernels.nn": {"torch", "neox_kernels.ops"},
-    "neox_kernels.attention": {"torch", *(f"neox_kernels.{name}" for name in ("checks", "ops", "attention_masks"))},
+    "neox_kernels.attention": {"torch", "neox_kernels.checks", *ATTENTION},
+    "neox_kernels.attention_implementations": {"torch", "neox_kernels.ops", *ATTENTION},
     "neox_kernels.attention_masks": {"torch", "neox_kernels.checks", "neox_kernels.ops"},
+    "neox_kernels.flash_attention": {"torch", "neox_kernels.ops", "neox_kernels.attention_masks"},
     "neox_kernels.models": {*API, "neox_kernels.attention", "neox_kernels.models", "safetensors"},
     "neox_kernels.integrations": {*API, "neox_kernels.integrations", "neox_kernels.models", "transformers"},
     # These two also report what the compiled library has.

@@ -66,7 +66,8 @@ def _require_heads(name: str, x: object, q: Tensor | None) -> Tensor:
         return x
     if x.shape[0] != q.shape[0] or x.shape[2:] != q.shape[2:]:
         raise ValueError(f"{name} must have the shape of q, {shape_of(q)}, but for its length, not {shape_of(x)}")
-    if x.dtype != q.dtype:
+    lower = name == "v" and q.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if x.dtype != q.dtype and not lower:
         raise TypeError(f"{name} must be {q.dtype} like q, not {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, not on {x.device}")
