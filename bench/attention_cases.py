@@ -43,7 +43,7 @@ class AttentionCase:
         return 2 * self.batch * (self.q_len + self.k_len) * nheads * head_dim * self.dtype.itemsize
 
 
-def cases() -> Iterator[AttentionCase]:
+def cases(device: str = "cpu") -> Iterator[AttentionCase]:
     for model in HEADS:
         for kind, lengths in (("prefill", PREFILL), ("padded", PADDED), ("decode", DECODE)):
             for length in lengths:
