@@ -93,9 +93,9 @@ class PretrainedModel(nn.Module):
         embedding.weight.requires_grad_(old.weight.requires_grad)
         self.set_input_embeddings(embedding)
         if head is not None:
-            head.weight = embedding.weight if tied else nn.Parameter(_resized(head.weight, num_tokens, std))
+            head.weight = embedding.weight if tied else _resized(head.weight, num_tokens, std)
             if head.bias is not None:
-                head.bias = nn.Parameter(_resized(head.bias, num_tokens, 0.0))
+                head.bias = _resized(head.bias, num_tokens, 0.0)
             head.out_features = num_tokens
         self.config.vocab_size = num_tokens
         return embedding
@@ -129,8 +129,8 @@ class PretrainedModel(nn.Module):
         checkpoint.save(self, folder, max_shard_bytes)
 
 
-def _resized(x: Tensor, rows: int, std: float) -> Tensor:
+def _resized(x: Tensor, rows: int, std: float) -> nn.Parameter:
     made = x.new_empty(rows, *x.shape[1:]).normal_(std=std) if std else x.new_zeros(rows, *x.shape[1:])
     kept = min(rows, x.shape[0])
     made[:kept] = x.detach()[:kept]
-    return made
+    return nn.Parameter(made, requires_grad=x.requires_grad)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from neox_kernels import RotaryEmbedding
 from neox_kernels.models.base import PretrainedModel
 from neox_kernels.models.cache import KVCache
-from neox_kernels.models.forward import Forward, require_head_mask, require_mask
+from neox_kernels.models.forward import Forward, may_look, require_head_mask, require_integers, require_mask
 from neox_kernels.models.outputs import DecoderOutput
 
 
@@ -91,14 +91,15 @@ class Decoder(PretrainedModel):
                 nothing is changed.
         """
         config = self.config
-        embedding = self.get_input_embeddings()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
-            if input_ids.dim() != 2:  # type: ignore[union-attr]
-                raise ValueError(f"input_ids must be (batch, seqlen), not of shape {tuple(input_ids.shape)}")  # type: ignore[union-attr]
-            inputs_embeds = embedding(input_ids.to(embedding.weight.device))  # type: ignore[union-attr]
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
+            inputs_embeds = self._embed("input_ids", input_ids)
+        elif not isinstance(inputs_embeds, Tensor):
+            raise TypeError(f"inputs_embeds must be a tensor, not a {type(inputs_embeds).__name__}")
+        elif inputs_embeds.dtype != self.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
+            raise TypeError(f"inputs_embeds must be {self.dtype} like the model, not {inputs_embeds.dtype}")
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
             raise ValueError(
                 f"inputs_embeds must be (batch, seqlen, {config.hidden_size}), not of shape "
                 f"{tuple(inputs_embeds.shape)}"
@@ -106,23 +107,24 @@ class Decoder(PretrainedModel):
         hidden: Tensor = inputs_embeds
         batch, seqlen, _ = hidden.shape
         if token_type_ids is not None and self.adds_token_types:
-            hidden = hidden + embedding(token_type_ids.view(-1, seqlen))
+            hidden = hidden + self._embed("token_type_ids", token_type_ids, (batch, seqlen), (1, seqlen))
 
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         cache = self._cache(past_key_values, use_cache, checkpointing)
         if cache is not None:
-            cache.require_room(batch, seqlen)
+            cache.require_room(batch, seqlen, config.num_hidden_layers)
         start = 0 if cache is None else cache.length
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        nheads = config.num_attention_heads
         shared = Forward(
             rotary=self.rotary_emb,
             length=self._length(position_ids, batch, seqlen, start),
             position_ids=position_ids,
-            attention_mask=require_mask(attention_mask, batch, start + seqlen),
+            attention_mask=require_mask(attention_mask, (batch, nheads, seqlen, start + seqlen), hidden.dtype),
             q_len=seqlen,
             k_len=start + seqlen,
-            head_mask=require_head_mask(head_mask, config.num_hidden_layers, config.num_attention_heads),
+            head_mask=require_head_mask(head_mask, config.num_hidden_layers, nheads, hidden.dtype),
             cache=cache,
             implementation=self.attn_implementation,
             output_attentions=output_attentions,
@@ -146,6 +148,19 @@ class Decoder(PretrainedModel):
             attentions=tuple(shared.attentions[i] for i in sorted(shared.attentions)) if output_attentions else None,
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _embed(self, name: str, ids: object, *shapes: tuple[int, ...]) -> Tensor:
+        ids = require_integers(name, ids, *shapes)
+        if ids.dim() != 2:
+            raise ValueError(f"{name} must be (batch, seqlen), not of shape {tuple(ids.shape)}")
+        embedding = self.get_input_embeddings()
+        try:
+            embedded: Tensor = embedding(ids.to(next(embedding.parameters()).device))
+        except IndexError:  # seen on a CPU only
+            low, high = (int(x) for x in ids.aminmax())
+            tokens = self.config.vocab_size
+            raise IndexError(f"{name} must be between 0 and {tokens - 1}, not between {low} and {high}") from None
+        return embedded
 
     @property
     def last_device(self) -> torch.device:
@@ -200,12 +215,11 @@ class Decoder(PretrainedModel):
         if position_ids is None:
             length = start + seqlen
         else:
-            if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seqlen:
-                raise ValueError(
-                    f"position_ids must be ({batch} or 1, {seqlen}), not of shape {tuple(position_ids.shape)}"
-                )
-            if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
-                return limit  # reading them would cost a sync
+            require_integers("position_ids", position_ids, (batch, seqlen), (1, seqlen))
+            if not may_look(position_ids):
+                return limit
+            if position_ids.numel() and int(position_ids.min()) < 0:
+                raise IndexError(f"position_ids must not be negative, not {int(position_ids.min())}")
             length = int(position_ids.max()) + 1 if position_ids.numel() else 0
         if length > limit and self.config.limits_positions:
             raise ValueError(

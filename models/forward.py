@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from neox_kernels import PreparedAttention, RotaryEmbedding, apply_rotary_qk, attention, prepare_attention
 from neox_kernels.models.cache import KVCache
 
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass
 class Forward:
@@ -55,11 +57,13 @@ class Forward:
         Returns:
             (batch, seqlen, nheads * head_dim), and the probabilities where they are asked for.
         """
+        # eager and fused have the probabilities anyway: hooks on attention see them, as they do in transformers' eager.
+        give = self.output_attentions or self.implementation in ("eager", "fused")
         cos, sin = self.rotary.tables(self.length, q.device)
         interleaved = self.rotary.interleaved
         position_ids = None if self.position_ids is None else self.position_ids.to(q.device)
         if self.cache is None:
-            inplace = inplace and not (torch.is_grad_enabled() and q.requires_grad)
+            inplace = inplace and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
             q, k = apply_rotary_qk(q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, inplace=inplace)
         else:
             q, k, v = self.cache.append(
@@ -72,12 +76,12 @@ class Forward:
             v,
             head_mask=None if self.head_mask is None else self.head_mask[layer].to(q.device),
             dropout_p=dropout_p,
-            output_attentions=self.output_attentions,
+            output_attentions=give,
             implementation=self.implementation,
             upcast_scores=upcast_scores,
             prepared=self._masks(q.device),
         )
-        if probabilities is not None:
+        if self.output_attentions and probabilities is not None:
             self.attentions[layer] = probabilities
         return attended.flatten(2), probabilities
 
@@ -90,7 +94,7 @@ class Forward:
             elif mask.dim() == 4:  # in place of the causal rule
                 found = prepare_attention(self.q_len, self.k_len, attn_mask=mask, causal=False)
             else:
-                found = prepare_attention(self.q_len, self.k_len, key_padding_mask=mask.bool())
+                found = prepare_attention(self.q_len, self.k_len, key_padding_mask=mask)
             self._prepared[device] = found
         return found
 
@@ -103,33 +107,81 @@ class Forward:
         return found
 
 
-def is_observed(module: nn.Module) -> bool:
-    """Whether a hook may hold on to what the module gives."""
-    return bool(module._forward_hooks or torch.nn.modules.module._global_forward_hooks)
+def may_overwrite(*projections: nn.Module) -> bool:
+    """Whether nobody but the caller can hold on to what the modules gave: they are plain and without hooks."""
+    if torch.nn.modules.module._global_forward_hooks:
+        return False
+    return all(type(x) is nn.Linear and not x._forward_hooks and "forward" not in x.__dict__ for x in projections)
 
 
-def require_mask(mask: Tensor | None, batch: int, k_len: int) -> Tensor | None:
-    if mask is not None and mask.dim() != 4 and tuple(mask.shape) != (batch, k_len):
-        raise ValueError(
-            f"attention_mask must be (batch, cached + new tokens), ({batch}, {k_len}), or of four dimensions, not of "
-            f"shape {tuple(mask.shape)}"
-        )
-    return mask
+def may_look(x: Tensor) -> bool:
+    """Whether values may be read: on a GPU that is a sync, and to torch.compile the end of the graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def require_head_mask(mask: Tensor | Sequence[Tensor | None] | None, num_layers: int, nheads: int) -> Tensor | None:
-    """(num_layers, nheads)."""
+def require_integers(name: str, x: object, *shapes: tuple[int, ...]) -> Tensor:
+    """A tensor of int32 or int64, of one of the shapes where any are given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not a {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, not {x.dtype}")
+    if shapes and tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name} must be of the shape {wanted}, not {tuple(x.shape)}")
+    return x
+
+
+def require_mask(mask: Tensor | None, scores: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor | None:
+    """Of two dimensions with 0 and 1 only, or of four.
+
+    Args:
+        scores: (batch, nheads, seqlen, cached + seqlen).
+        dtype: of the hidden states.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        found = [row for row in mask if row is not None]
+        raise TypeError(f"attention_mask must be a tensor, not a {type(mask).__name__}")
+    batch, _, _, k_len = scores
+    shape = tuple(mask.shape)
+    if mask.dim() == 4:
+        if any(size not in (1, full) for size, full in zip(shape, scores, strict=True)):
+            raise ValueError(f"attention_mask of four dimensions must be broadcastable to {scores}, not {shape}")
+        if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.dtype in (*_NARROW, dtype)):
+            raise TypeError(
+                f"attention_mask of four dimensions must be bool or floating, for a model of {dtype}, not {mask.dtype}"
+            )
+        return mask
+    if shape != (batch, k_len):
+        raise ValueError(
+            f"attention_mask must be (batch, cached + new tokens), ({batch}, {k_len}), or of four dimensions, not of "
+            f"shape {shape}"
+        )
+    if mask.dtype != torch.bool and may_look(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if len(other):
+            raise ValueError(f"attention_mask of two dimensions must hold only 0 and 1, not {other[0].item()}")
+    return mask
+
+
+def require_head_mask(
+    mask: Tensor | Sequence[Tensor | None] | None, num_layers: int, nheads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """(num_layers, nheads), of ``dtype``."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        if not isinstance(mask, tuple | list) or not all(row is None or isinstance(row, Tensor) for row in mask):
+            raise TypeError(f"head_mask must be a tensor, or one or None for each layer, not {mask!r}")
         if len(mask) != num_layers:
             raise ValueError(f"head_mask must have a row for each of the {num_layers} layers, not {len(mask)}")
+        found = [row for row in mask if row is not None]
         if not found:
             return None
+        for row in found:
+            if tuple(row.shape) != (nheads,):
+                raise ValueError(f"head_mask must have rows of ({nheads},), not of shape {tuple(row.shape)}")
         mask = torch.stack([found[0].new_ones(nheads) if row is None else row for row in mask])
-    if mask.dim() == 1:
-        mask = mask.expand(num_layers, -1)
-    if tuple(mask.shape) != (num_layers, nheads):
+    if tuple(mask.shape) not in ((nheads,), (num_layers, nheads)):
         raise ValueError(f"head_mask must be ({nheads},) or ({num_layers}, {nheads}), not of shape {tuple(mask.shape)}")
-    return mask
+    return mask.to(dtype).expand(num_layers, -1)

@@ -14,7 +14,7 @@ from neox_kernels.models import heads
 from neox_kernels.models.activations import activation
 from neox_kernels.models.configuration import GPTNeoXConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
-from neox_kernels.models.forward import Forward, is_observed
+from neox_kernels.models.forward import Forward, may_overwrite
 
 
 class GPTNeoXAttention(nn.Module):
@@ -36,7 +36,7 @@ class GPTNeoXAttention(nn.Module):
             v,
             dropout_p=self.dropout_p if self.training else 0.0,
             upcast_scores=False,
-            inplace=not is_observed(self.query_key_value),
+            inplace=may_overwrite(self.query_key_value),
         )
         return self.dense(attended), probabilities
 
@@ -65,11 +65,13 @@ class GPTNeoXLayer(nn.Module):
         self.mlp = GPTNeoXMLP(config)
 
     def forward(self, hidden: Tensor, shared: Forward) -> Tensor:
-        attended = self.post_attention_dropout(self.attention(self.input_layernorm(hidden), shared)[0])
-        residual = attended + hidden
-        between = hidden if self.use_parallel_residual else residual  # parallel: both parts see the same input
-        out: Tensor = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(between))) + residual
-        return out
+        attended: Tensor = self.post_attention_dropout(self.attention(self.input_layernorm(hidden), shared)[0])
+        if self.use_parallel_residual:  # both parts see the same input
+            given: Tensor = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden)))
+            return given + attended + hidden
+        hidden = attended + hidden
+        given = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden)))
+        return given + hidden
 
 
 class GPTNeoXModel(Decoder):

@@ -15,7 +15,7 @@ from neox_kernels.models import heads
 from neox_kernels.models.activations import activation
 from neox_kernels.models.configuration import GPTJConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
-from neox_kernels.models.forward import Forward, is_observed
+from neox_kernels.models.forward import Forward, may_overwrite
 
 
 class GPTJAttention(nn.Module):
@@ -38,7 +38,7 @@ class GPTJAttention(nn.Module):
             v,
             dropout_p=self.dropout_p if self.training else 0.0,
             upcast_scores=True,
-            inplace=not (is_observed(self.q_proj) or is_observed(self.k_proj)),
+            inplace=may_overwrite(self.q_proj, self.k_proj),
         )
         return self.resid_dropout(self.out_proj(attended)), probabilities
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neox_kernels.models import losses
 from neox_kernels.models.base import PretrainedModel
 from neox_kernels.models.decoder import Decoder
+from neox_kernels.models.forward import require_integers
 from neox_kernels.models.outputs import (
     CausalLMOutput,
     DecoderOutput,
@@ -39,7 +40,15 @@ class WithHead(PretrainedModel):
         decoder: Decoder = getattr(self, self.prefix)
         return decoder
 
-    def _decode(self, inputs: dict[str, Any]) -> DecoderOutput:
+    def _decode(self, inputs: dict[str, Any], require_labels: Callable[[int, int], None]) -> DecoderOutput:
+        """Run the decoder.
+
+        Args:
+            require_labels: raises unless labels fit to batch and seqlen; before the decoder, which changes the cache.
+        """
+        tokens = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
+        if isinstance(tokens, Tensor) and tokens.dim() > 1:
+            require_labels(tokens.shape[0], tokens.shape[1])
         output = self.decoder(**{**inputs, "return_dict": True})
         assert isinstance(output, DecoderOutput)
         return output
@@ -94,7 +103,14 @@ class CausalLM(WithHead):
                 ``labels``, of all.
             Others: see :meth:`Decoder.forward`.
         """
-        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask})
+
+        if not isinstance(logits_to_keep, Tensor) and not (isinstance(logits_to_keep, int) and logits_to_keep >= 0):
+            raise ValueError(f"logits_to_keep must be a number of tokens or a tensor of places, not {logits_to_keep!r}")
+
+        def require_labels(batch: int, seqlen: int) -> None:
+            losses.require_labels(labels, (batch, seqlen), self.config.vocab_size)
+
+        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask}, require_labels)
         hidden = output.last_hidden_state
         if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
@@ -135,7 +151,12 @@ class SequenceClassification(WithHead):
                 ``problem_type`` of the configuration.
             Others: see :meth:`Decoder.forward`.
         """
-        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask})
+
+        def require_labels(batch: int, seqlen: int) -> None:
+            config = self.config
+            losses.require_sequence_labels(labels, batch, config.num_labels, config.problem_type)
+
+        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask}, require_labels)
         hidden = output.last_hidden_state
         last = self._last_tokens(input_ids, attention_mask, hidden)
         logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
@@ -188,7 +209,11 @@ class TokenClassification(WithHead):
             labels: (batch, seqlen), classes; -100 for tokens that do not count.
             Others: see :meth:`Decoder.forward`.
         """
-        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask})
+
+        def require_labels(batch: int, seqlen: int) -> None:
+            losses.require_labels(labels, (batch, seqlen), self.config.num_labels)
+
+        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask}, require_labels)
         logits = self.classifier(self.dropout(output.last_hidden_state))
         loss = None if labels is None else losses.token_classification_loss(logits, labels)
         return self._give(TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions), return_dict)
@@ -220,7 +245,13 @@ class QuestionAnswering(WithHead):
             start_positions, end_positions: (batch,), of the right answers; one outside the sequence does not count.
             Others: see :meth:`Decoder.forward`.
         """
-        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask})
+
+        def require_labels(batch: int, seqlen: int) -> None:
+            for name, x in (("start_positions", start_positions), ("end_positions", end_positions)):
+                if x is not None:
+                    require_integers(name, x, (batch,), (batch, 1))
+
+        output = self._decode({**inputs, "input_ids": input_ids, "attention_mask": attention_mask}, require_labels)
         start, end = self.qa_outputs(output.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:

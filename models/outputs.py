@@ -25,7 +25,12 @@ class ModelOutput:
         return len(self.to_tuple())
 
     def __getitem__(self, index: int | slice | str) -> Any:
-        return getattr(self, index) if isinstance(index, str) else self.to_tuple()[index]
+        if not isinstance(index, str):
+            return self.to_tuple()[index]
+        value = getattr(self, index) if index in (field.name for field in fields(self)) else None  # type: ignore[arg-type]
+        if value is None:
+            raise KeyError(index)
+        return value
 
 
 @dataclass

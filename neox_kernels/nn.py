@@ -71,7 +71,8 @@ class RotaryEmbedding(nn.Module):
             size = max(self.max_position, length if found is None else max(length, 2 * found[0].shape[0]))
             if self._unscaled_length is not None:
                 size = self._unscaled_length
-        made = rotary_tables(self.rotary_dim, size, self.base, self.scaling, device=device)
+        with torch.inference_mode(False):  # tables of inference mode could not be used in training later
+            made = rotary_tables(self.rotary_dim, size, self.base, self.scaling, device=device)
         self._tables[device, stretched] = made
         return made
 
