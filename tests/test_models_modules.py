@@ -153,7 +153,7 @@ def test_the_last_token(family: str) -> None:
 
 PROBLEMS: dict[str, tuple[int, Tensor]] = {
     "regression": (1, torch.tensor([0.5, -1.0, 2.0])),
-    "regression of several": (3, torch.randn(3, 3)),
+    "regression of several": (3, torch.linspace(-2, 2, 9).view(3, 3).mT),
     "single_label_classification": (3, torch.tensor([2, 0, 1])),
     "multi_label_classification": (3, torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]])),
 }
@@ -167,7 +167,7 @@ def test_losses_of_sequences(family: str, problem: str, named: bool) -> None:
     kind = problem.partition(" of")[0] if named or problem == "regression of several" else None
     theirs, ours = pair(family, "ForSequenceClassification", num_labels=num_labels, problem_type=kind)
     exact, errors = in_float64(theirs), Errors()
-    for seed in range(6):
+    for seed in range(20):  # a loss is one number: of few, ours or theirs may be right by chance
         inputs = batch("right", seed)
         wide = labels.double() if labels.is_floating_point() else labels
         same, truth = theirs(**inputs, labels=labels).loss, exact(**inputs, labels=wide).loss.detach()
