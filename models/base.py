@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from neox_kernels.attention import IMPLEMENTATIONS
 from neox_kernels.models import checkpoint
 from neox_kernels.models.configuration import ModelConfig
 
@@ -40,9 +41,8 @@ class PretrainedModel(nn.Module):
 
     @attn_implementation.setter
     def attn_implementation(self, name: str) -> None:
-        known = ("auto", "flash_attention_2", "sdpa", "fused", "eager")
-        if name not in known:
-            raise ValueError(f"attn_implementation must be one of {', '.join(known)}, not {name!r}")
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}")
         self.decoder._attn_implementation = name
 
     @property

@@ -14,6 +14,7 @@ from neox_kernels import attention_implementations as serve
 from neox_kernels.attention_implementations import Call, Result
 from neox_kernels.attention_masks import PreparedAttention, prepare_attention
 from neox_kernels.checks import attention as checks
+from neox_kernels.checks.attention import IMPLEMENTATIONS as IMPLEMENTATIONS
 
 FLASH = "flash_attention_2"
 
@@ -138,15 +139,15 @@ def explain_attention(
     for name in _IMPLEMENTATIONS.keys() - reasons.keys() - {chosen}:
         reason = _IMPLEMENTATIONS[name][1](call)
         asked = implementation not in ("auto", FLASH)
-        reasons[name] = reason or (f"{implementation} is asked for" if asked else f"{chosen} is faster here")
+        reasons[name] = reason or (f"{implementation} is asked for" if asked else f"{chosen} comes first here")
     return AttentionChoice(chosen, {name: reasons[name] for name in _IMPLEMENTATIONS if name in reasons})
 
 
 def _order(call: Call, implementation: str) -> tuple[str, ...]:
-    """The implementations to try, the fastest first."""
+    """The implementations to try, the best first."""
     if implementation not in ("auto", FLASH):
         return (implementation,)
-    if call.q.device.type == "cpu" and serve.fused_is_faster(call):
+    if call.q.device.type == "cpu" and (serve.fused_is_faster(call) or serve.fused_is_truer(call)):
         return (FLASH, "fused")
     return (FLASH, "sdpa", "fused")
 

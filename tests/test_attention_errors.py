@@ -116,4 +116,12 @@ def test_auto_takes_what_was_measured_to_be_faster() -> None:
         taken(2048, 2048, 256, f32) == taken(128, 128, 256, bf16) == taken(512, 512, 256, f32, dropout_p=0.1) == "sdpa"
     )
     choice = explain_attention(Q, K, V)
-    assert (choice.implementation, choice.reasons["fused"]) == ("sdpa", "sdpa is faster here")
+    assert (choice.implementation, choice.reasons["fused"]) == ("sdpa", "sdpa comes first here")
+
+
+def test_auto_takes_what_keeps_the_gradient_of_float32_scores() -> None:
+    q = torch.randn(1, 16, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert explain_attention(q, q, q, upcast_scores=True).implementation == "fused"
+    assert explain_attention(q, q, q).implementation == "sdpa"
+    with torch.no_grad():
+        assert explain_attention(q, q, q, upcast_scores=True).implementation == "sdpa"

@@ -80,8 +80,9 @@ def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("family", "head"), [case for case in CASES if case[1] != "Model"])
 def test_every_gradient(family: str, head: str, dtype: torch.dtype) -> None:
-    # torch's sdpa rounds the gradient of the scores to bfloat16, which GPT-J's definition does not.
-    implementations = ("eager", "fused") if (family, dtype) == ("GPTJ", torch.bfloat16) else IMPLEMENTATIONS
+    # torch's sdpa rounds the gradient of the scores to bfloat16, which GPT-J's definition does not; auto does without.
+    truer = ("eager", "fused", "auto")
+    implementations = truer if (family, dtype) == ("GPTJ", torch.bfloat16) else IMPLEMENTATIONS
     theirs, ours = pair(family, head, dtype)
     exact, errors = in_float64(theirs), Errors()
     for padding, seed in itertools.product(PADDINGS[:3], SEEDS):
