@@ -42,8 +42,8 @@ def packed_qkv(
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, (batch, seqlen, nheads, head_dim) each, as slices of one projection, as GPT-NeoX lays them out."""
-    generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(batch, seqlen, nheads, 3 * head_dim, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    qkv = torch.randn(batch, seqlen, nheads, 3 * head_dim, generator=generator, device=device).to(dtype)
     q, k, v = qkv.chunk(3, dim=-1)
     return q, k, v
 
@@ -61,7 +61,8 @@ def to_float64(value: T) -> T:
 
 def max_error(actual: Tensor, oracle: Tensor) -> float:
     """Largest difference, element by element; infinite where one is NaN or infinite and the other is not the same."""
-    a, b = actual.detach().double().cpu(), oracle.detach().double().cpu()
+    b = oracle.detach().double()
+    a = actual.detach().to(b.device).double()
     if a.shape != b.shape:
         raise AssertionError(f"shape {tuple(a.shape)} against {tuple(b.shape)}")
     same = (a == b) | (a.isnan() & b.isnan())
@@ -70,10 +71,12 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
 
 
 def error_budget(same_dtype: Tensor, oracle: Tensor) -> float:
-    """Twice the error of plain PyTorch in the same dtype, and a floor of one rounding of the largest value."""
+    """Twice the error of plain PyTorch in the same dtype, and a floor: one rounding of the largest value, and where all
+    values are tiny the step between the dtype's smallest."""
     finite = oracle.detach().double()[oracle.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return 2 * max_error(same_dtype, oracle) + torch.finfo(same_dtype.dtype).eps * largest / 2
+    limits = torch.finfo(same_dtype.dtype)
+    return 2 * max_error(same_dtype, oracle) + max(limits.eps * largest / 2, limits.tiny * limits.eps)
 
 
 def assert_within_budget(actual: Tensor, same_dtype: Tensor, oracle: Tensor, what: str = "result") -> None:

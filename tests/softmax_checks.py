@@ -36,7 +36,7 @@ def chance(*shape: int, p: float = 0.5, seed: int = 1) -> Tensor:
 
 def memory(x: Tensor) -> Tensor:
     """Every byte that ``x`` is a view into."""
-    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).view(torch.uint8).clone()
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage()).view(torch.uint8).clone()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -27,11 +27,12 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> bool:
     """Whether FlashAttention does; if so it agrees with eager, in every query that is no padding, and the gradients."""
-    if explain_attention(q, k, v, key_padding_mask=mask, **options).implementation != "flash_attention_2":
+    asked = {"key_padding_mask": mask, "implementation": "flash_attention_2", **options}
+    if explain_attention(q, k, v, **asked).implementation != "flash_attention_2":
         return False
     square = q.shape[1] == k.shape[1] and options.get("causal", True)
-    real = mask[:, :, None, None] if mask is not None and square else torch.ones((), dtype=torch.bool)
-    seed = randn(*q.shape, seed=3).to(q.dtype).masked_fill(~real, 0.0)
+    real = mask[:, :, None, None] if mask is not None and square else torch.ones((), dtype=torch.bool, device=q.device)
+    seed = randn(*q.shape, seed=3).to(q).masked_fill(~real, 0.0)
 
     def run(implementation: str, *inputs: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from to_device import move
 from torch import Tensor
 
 from neox_kernels import apply_rotary, apply_rotary_kv_append, apply_rotary_qk, backends, reference, rotary_tables
@@ -34,14 +35,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def move(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        # Through the whole memory behind the view, so that strides and neighbours come along.
-        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
-        return whole.as_strided(value.shape, value.stride(), value.storage_offset())
-    return {name: move(item, device) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def positions(kind: str, batch: int, seqlen: int, limit: int) -> dict[str, Any]:
@@ -93,8 +86,8 @@ def test_forward_backward_and_in_place(dtype: torch.dtype, interleaved: bool, vi
         inputs = [heads(view, tokens, nheads, head_dim, dtype) for nheads in (12, 4)]
         same = forward_and_backward(reference.apply_rotary_qk, inputs, cos, sin, **options)
         oracle = forward_and_backward(reference.apply_rotary_qk, *to_float64((inputs, cos, sin)), **options)
-        on_device = [move(x, "cuda") for x in inputs]
-        tables, device_options = (cos.cuda(), sin.cuda()), move(options, "cuda")
+        on_device = [move(x) for x in inputs]
+        tables, device_options = (cos.cuda(), sin.cuda()), move(options)
         before = [x.clone() for x in on_device]
         actual = forward_and_backward(apply_rotary_qk, on_device, *tables, **device_options)
         names = ("q", "k", "dq", "dk")
@@ -103,7 +96,7 @@ def test_forward_backward_and_in_place(dtype: torch.dtype, interleaved: bool, vi
             assert_within_budget(x, expected, exact, f"{name} of rotary_dim {rotary_dim}, head_dim {head_dim}")
         assert all(torch.equal(x, y) for x, y in zip(on_device, before, strict=True)), "an input was changed"
         if view != "stride2":
-            q, k = (move(x, "cuda") for x in inputs)
+            q, k = (move(x) for x in inputs)
             assert apply_rotary_qk(q, k, *tables, inplace=True, **device_options)[0] is q
             assert torch.equal(q, actual[0]) and torch.equal(k, actual[1])
             leaf = on_device[0].detach().requires_grad_()
@@ -138,7 +131,7 @@ def test_kv_append(dtype: torch.dtype, interleaved: bool, layout: str) -> None:
     options = {"interleaved": interleaved, "layout": layout}
     on_device = [x.cuda() for x in caches]
     versions = [x._version for x in on_device]
-    q_out = apply_rotary_kv_append(*(move(x, "cuda") for x in (q, k, v, cos, sin)), *on_device, used.cuda(), **options)
+    q_out = apply_rotary_kv_append(*(move(x) for x in (q, k, v, cos, sin)), *on_device, used.cuda(), **options)
     assert all(x._version > version for x, version in zip(on_device, versions, strict=True))
     exact_caches = to_float64(caches)
     exact = reference.apply_rotary_kv_append(*to_float64((q, k, v, cos, sin)), *exact_caches, used, **options)

@@ -1,23 +1,14 @@
 """Causal softmax on a GPU, by the compiled CUDA kernel and by Triton, against the float64 oracle on the CPU."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from softmax_calls import Case, check
 
 from neox_kernels import backends, causal_softmax, reference
 from neox_kernels.backends import use_backend
-
-# Tests are imported by their path, so what they share is too.
-_spec = importlib.util.spec_from_file_location("softmax_calls", Path(__file__).with_name("softmax_calls.py"))
-assert _spec is not None and _spec.loader is not None
-cases = importlib.util.module_from_spec(_spec)
-sys.modules["softmax_calls"] = cases  # its dataclass looks itself up
-_spec.loader.exec_module(cases)
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +55,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_forward_backward_and_in_place(dtype: torch.dtype, features: dict[str, Any]) -> None:
     for shape in SHAPES:
-        cases.check(cases.Case(shape, dtype, **features), causal_softmax, "cuda")
+        check(Case(shape, dtype, **features), causal_softmax, "cuda")
 
 
 def test_the_same_elements_are_dropped_everywhere() -> None:

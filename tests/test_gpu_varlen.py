@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from to_device import move
 from torch import Tensor
 
 from neox_kernels import (
@@ -40,12 +41,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def move(x: Tensor) -> Tensor:
-    """To the GPU through the whole memory behind the view, so that strides come along."""
-    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
-    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def rand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
