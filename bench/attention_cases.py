@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from neox_kernels import attention, prepare_attention
-from neox_kernels.testing import assert_within_budget, packed_qkv, to_float64
+from neox_kernels import attention, explain_attention, prepare_attention
+from neox_kernels.testing import error_budget, max_error, packed_qkv, to_float64
 
 OP = "causal_softmax"  # whose backend the report names
 HEADS = {"pythia-160m": (12, 64), "pythia-1.4b": (16, 128), "gpt-j-6b": (16, 256)}
@@ -18,6 +19,7 @@ PADDED = ((4, 128, 128), (4, 512, 512))
 DTYPES = (torch.float32, torch.bfloat16)
 BASELINE = "sdpa"
 Call = Callable[[], object]
+PEERS: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class AttentionCase:
     q_len: int
     k_len: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     def __str__(self) -> str:
         nheads, head_dim = HEADS[self.model]
@@ -48,19 +51,19 @@ def cases(device: str = "cpu") -> Iterator[AttentionCase]:
         for kind, lengths in (("prefill", PREFILL), ("padded", PADDED), ("decode", DECODE)):
             for length in lengths:
                 for dtype in DTYPES:
-                    yield AttentionCase(kind, model, *length, dtype)
+                    yield AttentionCase(kind, model, *length, dtype, device)
 
 
 def contenders(case: AttentionCase, *, compiled: bool = False) -> dict[str, Call]:
     """By name; BASELINE is what the others are compared with."""
-    q, k, v = packed_qkv(case.batch, case.k_len, *HEADS[case.model], case.dtype)
+    q, k, v = packed_qkv(case.batch, case.k_len, *HEADS[case.model], case.dtype, device=case.device)
     q = q[:, case.k_len - case.q_len :]
     if case.q_len < case.k_len:
         k, v = (torch.cat((x, x[:, :64]), dim=1)[:, : case.k_len] for x in (k, v))  # of a cache that has room
     padding = None
     if case.kind == "padded":
         start = torch.arange(case.batch) * case.k_len // (2 * case.batch)
-        padding = torch.arange(case.k_len) >= start[:, None]
+        padding = (torch.arange(case.k_len) >= start[:, None]).to(case.device)
     masks = prepare_attention(case.q_len, case.k_len, padding)
 
     def call_of(implementation: str, probabilities: bool) -> Call:
@@ -68,7 +71,10 @@ def contenders(case: AttentionCase, *, compiled: bool = False) -> dict[str, Call
             q, k, v, implementation=implementation, prepared=masks, output_attentions=probabilities
         )
 
-    calls = {name: call_of(name, False) for name in ("sdpa", "fused", "eager")}
+    names = ["sdpa", "fused", "eager"]
+    if explain_attention(q, k, v, prepared=masks).implementation == "flash_attention_2":
+        names.append("flash_attention_2")
+    calls = {name: call_of(name, False) for name in names}
     calls["neox_kernels"] = call_of("auto", False)
     if case.kind != "decode":
         calls["fused, probabilities"] = call_of("fused", True)
@@ -78,8 +84,13 @@ def contenders(case: AttentionCase, *, compiled: bool = False) -> dict[str, Call
     options = {"key_padding_mask": None if padding is None else padding[:1]}
     truth = attention(*to_float64(few), **options, implementation="eager")[0]
     same = attention(*few, **options, implementation="eager")[0]
-    for name in ("sdpa", "fused", "auto"):
-        assert_within_budget(attention(*few, **options, implementation=name)[0], same, truth, f"{name}, {case}")
+    for name in (*names, "auto"):
+        got = attention(*few, **options, implementation=name)[0]
+        error, budget = max_error(got, truth), error_budget(same, truth)
+        # Of PyTorch's SDPA on a GPU twice as much must do.
+        allowed = budget * (1 if name == "fused" or case.device == "cpu" else 2)
+        if not error <= allowed:
+            raise AssertionError(f"{name}, {case}: error {error:.3g}, above {allowed:.3g}")
     return calls
 
 

@@ -4,8 +4,9 @@
     python bench/run.py [FAMILY] --device cuda [--json F]
 
 On the CPU one thread and CPU time by default: every figure in the README's tables comes from that. On a GPU its own
-events, torch.compile and the peers that are installed; those that are not are named. A family is a file
-``<family>_cases.py`` with OP, BASELINE, CONTENDERS, PEERS, cases and contenders, and its name in FAMILIES.
+events (with --wall the wall clock, launches included), every backend, and the peers that are installed; those that are
+not are named. A family is a file ``<family>_cases.py`` with OP, BASELINE, CONTENDERS, PEERS, cases and contenders, and
+its name in FAMILIES.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compiled", action="store_true", help="torch.compile of the baseline too (rotary, softmax; minutes)"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wall", action="store_true", help="wall clock in place of CPU time, on the CPU")
+    parser.add_argument("--wall", action="store_true", help="wall clock in place of CPU time, or of CUDA events")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args(argv)
@@ -60,6 +61,22 @@ def add_peers(calls: dict[str, Call], family: Any, case: Any) -> dict[str, str]:
     return absent
 
 
+def add_other_backends(calls: dict[str, Call], family: Any) -> None:
+    """Add our call by the backends that could serve it, were it not for the first."""
+    ours = calls["neox_kernels"]
+
+    def by(backend: str) -> Call:
+        def call() -> object:
+            with neox_kernels.use_backend(backend):
+                return ours()
+
+        return call
+
+    for backend, reason in neox_kernels.explain(family.OP, gpu.DEVICE)[0].reasons.items():
+        if reason.endswith("comes first") and backend != "reference":
+            calls[f"neox_kernels, {backend}"] = by(backend)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     family = importlib.import_module(f"{args.family}_cases")
@@ -68,13 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     clock = time.perf_counter if args.wall else time.thread_time
-    sampler: Sampler = gpu.CudaSampler() if on_gpu else host_sampler(clock)
+    on_device = gpu.WallSampler if args.wall else gpu.CudaSampler
+    sampler: Sampler = on_device() if on_gpu else host_sampler(clock)
     backend = neox_kernels.explain(family.OP, args.device)[0].backend
     isa = compiled.cpu_isa() if backend == "compiled" and not on_gpu else "-"
     machine = f"{platform.machine()}, {args.threads} thread(s), {'wall clock' if args.wall else 'CPU time'}"
     device = gpu.describe() if on_gpu else {"name": "cpu"}
     if on_gpu:
-        machine = f"{device['name']}, CUDA events, L2 flushed before every call"
+        machine = f"{device['name']}, {'wall clock' if args.wall else 'CUDA events, L2 flushed before every call'}"
     print(f"neox_kernels {neox_kernels.__version__} ({backend}, {isa}), torch {torch.__version__}, {machine}")
     print(f"time per call, times as fast as {family.BASELINE} (median and quartiles of the rounds' ratios)")
     rows = []
@@ -82,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in family.cases(gpu.DEVICE if on_gpu else "cpu"):
             if case.model not in (args.model or [case.model]) or case.kind not in (args.kind or family.CONTENDERS):
                 continue
-            calls = family.contenders(case, compiled=args.compiled or on_gpu)
+            calls = family.contenders(case, compiled=args.compiled)
             absent = add_peers(calls, family, case) if on_gpu else {}
+            if on_gpu:
+                add_other_backends(calls, family)
             timings = compare(calls, family.BASELINE, sampler, rounds=args.rounds)
             print(f"\n{case}, {case.bytes / 1e6:.2f} MB read and written")
             for timing in timings.values():

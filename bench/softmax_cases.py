@@ -61,9 +61,9 @@ class Inputs:
     scale = 0.125
 
     def __init__(self, case: SoftmaxCase) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(case.device).manual_seed(0)
         shape = case.batch, case.nheads, case.q_len, case.k_len
-        self.scores = torch.randn(shape, generator=generator).mul_(8).to(case.device, case.dtype)
+        self.scores = torch.randn(shape, generator=generator, device=case.device).mul_(8).to(case.dtype)
         every = torch.ones(1, 1, case.q_len, case.k_len, dtype=torch.bool, device=case.device)
         self.visible = every.tril(case.k_len - case.q_len)
         self.lowest = torch.tensor(torch.finfo(case.dtype).min, dtype=case.dtype, device=case.device)

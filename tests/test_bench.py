@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -60,7 +61,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     Event.now = 0.0
 
 
-def test_only_the_call_lies_between_the_events(made_up: None) -> None:
+def test_only_the_call_lies_between_the_events(made_up: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = gpu.CudaSampler(calls=3)
     assert sampler.flush.numel() >= 2 << 10
     calls = []
@@ -74,11 +75,18 @@ def test_only_the_call_lies_between_the_events(made_up: None) -> None:
         calls.append("call")
         Event.now += 1.0
 
-    sampler.flush = Flush()
+    sampler.flush, sampler.flush_seconds = Flush(), 0.1
+    monkeypatch.setattr(gpu, "_host_seconds", lambda call: call() or 0.12)
     take = sampler(call)
     assert calls == ["call"] * gpu.WARM_UP
     assert take() == 1.5e-3
-    assert calls[gpu.WARM_UP :] == ["flush", "call"] * 3
+    assert calls[gpu.WARM_UP :] == ["flush", "flush", "flush", "call"] * 3  # 0.3 s, above twice what the host takes
+
+
+def test_the_wall_clock_counts_all(made_up: None) -> None:
+    calls: list[str] = []
+    take = gpu.WallSampler(calls=20)(lambda: calls.append("call") or time.sleep(1e-3))
+    assert 1e-3 <= take() < 1 and len(calls) == gpu.WARM_UP + 20
 
 
 def test_medians_and_ratios() -> None:
@@ -120,7 +128,7 @@ def test_rotary_beside_its_peers(made_up: None, monkeypatch: pytest.MonkeyPatch,
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401 - before there is a flash-attn
 
     monkeypatch.setattr(rotary_cases, "LENGTHS", ((2, 3),))
-    words = ("rotary", "--kind", "forward", "--model", "pythia-160m")
+    words = ("rotary", "--kind", "forward", "--model", "pythia-160m", "--compiled")
     for function, serves in ((right, True), (wrong, False)):
         peer(monkeypatch, function)
         report = bench(tmp_path, *words)
@@ -132,19 +140,24 @@ def test_rotary_beside_its_peers(made_up: None, monkeypatch: pytest.MonkeyPatch,
         assert "ModuleNotFoundError" in rows["Liger"]["absent"]
 
 
-@pytest.mark.parametrize("family", ["softmax", "varlen"])
+@pytest.mark.parametrize("family", ["softmax", "varlen", "attention"])
 def test_every_kind_of(family: str, made_up: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import attention_cases
     import softmax_cases
     import varlen_cases
 
+    for lengths in ("PREFILL", "PADDED", "DECODE"):
+        monkeypatch.setattr(attention_cases, lengths, ((2, 1 if lengths == "DECODE" else 9, 9),))
     monkeypatch.setattr(softmax_cases, "LENGTHS", ((1, 4, 9),))
     monkeypatch.setattr(varlen_cases, "SIZES", ((3, 9),))
     report = bench(tmp_path, family)
     kinds = {row["case"].partition(":")[0] for row in report["rows"]}
-    assert kinds == set({"softmax": softmax_cases, "varlen": varlen_cases}[family].CONTENDERS)
+    cases = {"softmax": softmax_cases, "varlen": varlen_cases, "attention": attention_cases}
+    assert kinds == set(cases[family].CONTENDERS)
     assert {row["name"] for row in report["rows"] if "absent" in row} == {
         "softmax": {"Liger, no mask"},
         "varlen": {"flash-attn"},
+        "attention": set(),
     }[family]
 
 
