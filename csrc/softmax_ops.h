@@ -201,7 +201,10 @@ std::tuple<Tensor, Tensor> softmax_backward(const Tensor& grad, const Tensor& pr
   Tensor dots = flags & kRowDots ? empty_contiguous(sizes.data(), 3, ScalarType::Float, place)
                                  : empty_contiguous(&none, 1, ScalarType::Float, place);
   args.out = written_to(out);
-  if (flags & kRowDots) args.row_dots = static_cast<float*>(dots.mutable_data_ptr());
+  if (flags & kRowDots) {
+    args.row_dots = static_cast<float*>(dots.mutable_data_ptr());
+    if (p.size(3) == 0) torch::stable::zero_(dots);  // sums over no keys, for which nothing may be launched
+  }
   launch(args, p);
   return {out, dots};
 }

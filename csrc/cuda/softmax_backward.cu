@@ -42,9 +42,7 @@ __device__ void store_gradient(const SoftmaxArgs& args, const Plan& plan, const 
   float y[kVec];
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
-    const float from_dot = kGeneral ? __fmaf_rn(static_cast<float>(g.at[j]), args.keep_scale, -dot)
-                                    : static_cast<float>(g.at[j]) - dot;
-    y[j] = static_cast<float>(p.at[j]) * factor * from_dot;
+    y[j] = static_cast<float>(p.at[j]) * factor * (static_cast<float>(g.at[j]) - dot);
   }
   if (k + kVec > row.visible) {
 #pragma unroll
@@ -65,8 +63,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   Out* out = row_of<Out>(args.out, row);
   const int k_len = static_cast<int>(args.k_len);
   const int first = static_cast<int>(threadIdx.x) * kVec, step = static_cast<int>(blockDim.x) * kVec;
-  const float factor = args.scale * (kGeneral ? head_factor(args, row) : 1.0f);
+  // What dropout keeps is scaled as a whole: so the gradient of a lone key is zero exactly.
   const float keep_scale = kGeneral ? args.keep_scale : 1.0f;
+  const float factor = args.scale * keep_scale * (kGeneral ? head_factor(args, row) : 1.0f);
   float dot = 0.0f;
   int k = first;
   if (row.visible <= kSlots * step) {
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       load_gradient<T, kGeneral>(args, plan, row, grad, probs, first + slot * step, g[slot], p[slot]);
       dot = dot_product(g[slot], p[slot], dot);
     }
-    dot = reduce_row<Add>(dot, partial[0]) * keep_scale;
+    dot = reduce_row<Add>(dot, partial[0]);
     // A row without a visible key has no gradient, whatever comes in for it: if that is infinite or NaN, dot is NaN in all
     // of the row's threads, and they look.
     if (dot != dot) {
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       load_gradient<T, kGeneral>(args, plan, row, grad, probs, k, g, p);
       dot = dot_product(g, p, dot);
     }
-    dot = reduce_row<Add>(dot, partial[0]) * keep_scale;
+    dot = reduce_row<Add>(dot, partial[0]);
     if (dot != dot) {  // as above
       float total = 0.0f;
       for (k = first; k < row.visible; k += step) {
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
   }
   for (; k < k_len; k += step) store_zeros<Out, kVec>(out, k, k_len, !kGeneral || plan.aligned);
-  if (kGeneral && args.row_dots != nullptr && threadIdx.x == 0) args.row_dots[row.index] = dot;
+  if (kGeneral && args.row_dots != nullptr && threadIdx.x == 0) args.row_dots[row.index] = dot * keep_scale;
 }
 
 }  // namespace
