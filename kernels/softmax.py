@@ -184,6 +184,9 @@ def _softmax_kernel(
     CAUSAL: tl.constexpr, ACCURATE: tl.constexpr, VEC: tl.constexpr, VEC_MASK: tl.constexpr, LOOP: tl.constexpr,
     HALVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # torch.compile hands over floats in 64 bits.
+    scale = tl.cast(scale, tl.float32)
+    keep_scale = tl.cast(keep_scale, tl.float32)
     k_len = k_len // VEC * VEC
     batch, head, q, inside, visible = _locate(nbatch, nheads, q_len, k_len, CAUSAL, BLOCK_M)
     x_rows = _rows(batch, head, q, stride_x_batch, stride_x_head, stride_x_q, VEC)
@@ -251,6 +254,11 @@ def vector(k_len: int, *rows: tuple[Tensor, Sequence[int]]) -> int:
     return size if all([n % size == 0 for _, strides in rows for n in (k_len, *strides)]) else 1
 
 
+def _bytes_of(mask: Tensor) -> Tensor:
+    # inductor cannot view a bool as a byte; it copies
+    return mask.to(torch.uint8) if torch.compiler.is_compiling() else mask.view(torch.uint8)
+
+
 def head_mask_and_dropout(
     scores: Tensor, head_mask: Tensor | None, rng: Tensor | None, dropout_p: float
 ) -> dict[str, Any]:
@@ -300,11 +308,11 @@ def plan_launch(
     mask_strides: Sequence[int] = (0, 0, 0, 0)
     masks: list[tuple[Tensor, Sequence[int]]] = []
     if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask.view(torch.uint8)
+        key_padding_mask = _bytes_of(key_padding_mask)
         padding_strides = key_padding_mask.stride()
         masks.append((key_padding_mask, padding_strides[:1]))
     if attn_mask is not None:
-        attn_mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
+        attn_mask = _bytes_of(attn_mask) if attn_mask.dtype == torch.bool else attn_mask
         mask_strides = strides_over(attn_mask, scores.shape)
         masks.append((attn_mask, mask_strides[:3]))
     args: dict[str, Any] = {"x_ptr": scores, "out_ptr": out, "probs_ptr": probs}

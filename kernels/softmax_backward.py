@@ -113,10 +113,12 @@ def _softmax_backward_kernel(
     probs_rows = _rows(batch, head, q, stride_probs_batch, stride_probs_head, stride_probs_q, VEC)
     out_rows = _rows(batch, head, q, stride_out_batch, stride_out_head, stride_out_q, VEC)
     row = (batch * nheads + head) * q_len + q
-    factor = scale
+    # torch.compile hands over floats in 64 bits.
+    keep_scale = tl.cast(keep_scale, tl.float32)
+    factor = tl.cast(scale, tl.float32)
     if head_mask_ptr is not None:
         of_head = tl.load(head_mask_ptr + batch * stride_head_mask_batch + head * stride_head_mask_head)
-        factor = of_head.to(tl.float32) * scale
+        factor *= of_head.to(tl.float32)
     inputs = (grad_ptr, grad_rows, probs_ptr, probs_rows, rng_ptr, dropout_threshold, keep_scale, row)
     outputs = (out_ptr, out_rows, inside, k_len, factor)
     if LOOP:

@@ -187,9 +187,7 @@ def describe_rows(x: Tensor, lead: int) -> tuple[int, int, int, int, int, int] |
 
 def _unit(x: Tensor, out: Tensor, distances: tuple[int, ...]) -> int:
     """The most bytes, 16 at most, that every address and distance is a multiple of."""
-    # torch.compile has no addresses; memory that torch allocates begins at a multiple of 16.
-    known = [t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr() for t in (x, out)]
-    known += [distance * x.element_size() for distance in distances]
+    known = [x.data_ptr(), out.data_ptr(), *(distance * x.element_size() for distance in distances)]
     unit = 16
     while any([n % unit != 0 for n in known]):
         unit //= 2

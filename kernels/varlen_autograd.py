@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,9 +45,12 @@ def _bytes(x: Tensor, lead: int) -> Tensor:
     return x if describe_rows(x, lead) is not None else x.contiguous()
 
 
-def _gather(tensors: tuple[Tensor, ...], indices: Tensor, inverse: Tensor | None) -> tuple[Tensor, ...]:
-    indices, lead = indices.contiguous(), 1 if inverse is None else inverse.dim()
-    results = tuple(x.new_empty((*indices.shape, *x.shape[lead:])) for x in tensors)
+def _results(tensors: Sequence[Tensor], indices: Tensor, lead: int) -> list[Tensor]:
+    return [x.new_empty((*indices.shape, *x.shape[lead:])) for x in tensors]
+
+
+def _launch(tensors: Sequence[Tensor], indices: Tensor, lead: int) -> list[Tensor]:
+    indices, results = indices.contiguous(), _results(tensors, indices, lead)
     pairs = [(_bytes(x, lead), _bytes(out, indices.dim())) for x, out in zip(tensors, results, strict=True)]
     pairs = [(x, out) for x, out in pairs if out.numel() > 0]
     for first in range(0, len(pairs), MAX_TENSORS):
@@ -54,6 +58,18 @@ def _gather(tensors: tuple[Tensor, ...], indices: Tensor, inverse: Tensor | None
         grid, args, constants = plan_launch(inputs, outputs, indices, lead)
         launch(_gather_kernel, grid, indices, **args, **constants)
     return results
+
+
+# torch.compile has no addresses, and how wide an access may be hangs on them: there the launch is an op of its own.
+_launch_op = torch.library.custom_op(
+    "neox_kernels_triton::gather", _launch, mutates_args=(), schema="(Tensor[] x, Tensor indices, int lead) -> Tensor[]"
+)
+_launch_op.register_fake(_results)
+
+
+def _gather(tensors: tuple[Tensor, ...], indices: Tensor, inverse: Tensor | None) -> tuple[Tensor, ...]:
+    gather = _launch_op if torch.compiler.is_compiling() else _launch
+    return tuple(gather(tensors, indices, 1 if inverse is None else inverse.dim()))
 
 
 class _GatherRows(torch.autograd.Function):
