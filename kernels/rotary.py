@@ -59,12 +59,35 @@ def _rotate_columns(
 
 
 @triton.jit
+def _turn_columns(
+    x_rows, out_rows, mask, out_mask, c, s, padding,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, VARLEN: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """The first BLOCK_F columns, those that are only copied too, in one store.
+
+    A sector of memory that two stores write in parts costs the GPU a read and often a second write of it. So a thread
+    turns columns by their partners, half of the rotated columns further up or down, and not pairs.
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    column = tl.arange(0, BLOCK_F)[None, None, :]
+    rotated = column < ROTARY_DIM
+    x = tl.load(x_rows + column, mask=mask & (column < HEAD_DIM))
+    partner = column + HALF * (1 - 2 * (column // HALF))
+    other = tl.load(x_rows + partner, mask=mask & rotated, other=0.0).to(tl.float32)
+    y = tl.fma(x.to(tl.float32), c, other * s).to(x.dtype)
+    if VARLEN:
+        rotated = rotated & ~padding
+    tl.store(out_rows + column, tl.where(rotated, y, x), mask=out_mask & (column < HEAD_DIM))
+
+
+@triton.jit
 def _rotary_heads(
     x_ptr, out_ptr, stride_x_batch, stride_x_seqlen, stride_x_head,
     stride_out_batch, stride_out_seqlen, stride_out_head, nheads,
     batch, row, out_row, mask, out_mask, c, s, padding,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, VARLEN: tl.constexpr,
-    ROTATE: tl.constexpr, INPLACE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROTATE: tl.constexpr, INPLACE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     x_token = x_ptr + (batch * stride_x_batch + row * stride_x_seqlen)[:, None, None]
     out_token = out_ptr + (batch * stride_out_batch + out_row * stride_out_seqlen)[:, None, None]
@@ -74,7 +97,15 @@ def _rotary_heads(
         x_rows = x_token + head.to(tl.int64) * stride_x_head
         out_rows = out_token + head.to(tl.int64) * stride_out_head
         inside = head < nheads
-        if ROTATE:
+        if not ROTATE:
+            _copy_columns(x_rows, out_rows, mask & inside, out_mask & inside, 0, HEAD_DIM, BLOCK_C)
+        elif WHOLE:
+            _turn_columns(
+                x_rows, out_rows, mask & inside, out_mask & inside, c, s, padding,
+                HEAD_DIM, ROTARY_DIM, VARLEN, BLOCK_F,
+            )  # fmt: skip
+            _copy_columns(x_rows, out_rows, mask & inside, out_mask & inside, BLOCK_F, HEAD_DIM, BLOCK_C)
+        else:
             if ROTARY_DIM > 0:
                 _rotate_columns(
                     x_rows, out_rows, mask & inside, out_mask & inside, c, s, padding,
@@ -82,8 +113,6 @@ def _rotary_heads(
                 )  # fmt: skip
             if not INPLACE:
                 _copy_columns(x_rows, out_rows, mask & inside, out_mask & inside, ROTARY_DIM, HEAD_DIM, BLOCK_C)
-        else:
-            _copy_columns(x_rows, out_rows, mask & inside, out_mask & inside, 0, HEAD_DIM, BLOCK_C)
 
 
 # Lengths are not specialised: they change from call to call, and each change between 1, a multiple of 16 and the rest
@@ -103,8 +132,8 @@ def _rotary_kernel(
     position_ids_ptr, stride_position_batch, stride_position_seqlen, seqlen_offsets_ptr, offset,
     cu_seqlens_ptr, nseqs, cache_seqlens_ptr, cache_length, ntokens, seqlen,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
-    INPLACE: tl.constexpr, BATCHED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    INPLACE: tl.constexpr, WHOLE: tl.constexpr, BATCHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     VARLEN: tl.constexpr = cu_seqlens_ptr is not None
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -148,13 +177,21 @@ def _rotary_kernel(
     s = 0.0
     if ROTARY_DIM > 0:
         column = tl.arange(0, BLOCK_F)[None, None, :]
-        inside = (known & (position >= 0) & (position < max_position))[:, None, None] & (column < ROTARY_DIM // 2)
+        inside = (known & (position >= 0) & (position < max_position))[:, None, None]
+        if WHOLE:
+            inside = inside & (column < ROTARY_DIM)
+            sign = tl.where(column < ROTARY_DIM // 2, -1.0, 1.0)
+            column = column % (ROTARY_DIM // 2)
+        else:
+            inside = inside & (column < ROTARY_DIM // 2)
         cos_rows = cos_ptr + (sequence * stride_cos_batch + position * stride_cos_position)[:, None, None]
         sin_rows = sin_ptr + (sequence * stride_sin_batch + position * stride_sin_position)[:, None, None]
         c = tl.load(cos_rows + column, mask=inside, other=float("nan")).to(tl.float32)
         s = tl.load(sin_rows + column, mask=inside, other=float("nan")).to(tl.float32)
         if CONJUGATE:
             s = -s
+        if WHOLE:
+            s = s * sign
 
     out_row = row
     out_mask = mask
@@ -168,32 +205,35 @@ def _rotary_kernel(
         q_ptr, q_out_ptr, stride_q_batch, stride_q_seqlen, stride_q_head,
         stride_q_out_batch, stride_q_out_seqlen, stride_q_out_head, nheads_q,
         batch, row, row, mask, mask, c, s, padding,
-        HEAD_DIM, ROTARY_DIM, INTERLEAVED, VARLEN, True, INPLACE, BLOCK_H, BLOCK_F, BLOCK_C,
+        HEAD_DIM, ROTARY_DIM, INTERLEAVED, VARLEN, True, INPLACE, WHOLE, BLOCK_H, BLOCK_F, BLOCK_C,
     )  # fmt: skip
     if k_ptr is not None:
         _rotary_heads(
             k_ptr, k_out_ptr, stride_k_batch, stride_k_seqlen, stride_k_head,
             stride_k_out_batch, stride_k_out_seqlen, stride_k_out_head, nheads_k,
             batch, row, out_row, mask, out_mask, c, s, padding,
-            HEAD_DIM, ROTARY_DIM, INTERLEAVED, VARLEN, True, INPLACE, BLOCK_H, BLOCK_F, BLOCK_C,
+            HEAD_DIM, ROTARY_DIM, INTERLEAVED, VARLEN, True, INPLACE, WHOLE, BLOCK_H, BLOCK_F, BLOCK_C,
         )  # fmt: skip
     if v_ptr is not None:
         _rotary_heads(
             v_ptr, v_out_ptr, stride_v_batch, stride_v_seqlen, stride_v_head,
             stride_v_out_batch, stride_v_out_seqlen, stride_v_out_head, nheads_v,
             batch, row, out_row, mask, out_mask, c, s, padding,
-            HEAD_DIM, ROTARY_DIM, INTERLEAVED, VARLEN, False, False, BLOCK_H, BLOCK_F, BLOCK_C,
+            HEAD_DIM, ROTARY_DIM, INTERLEAVED, VARLEN, False, False, WHOLE, BLOCK_H, BLOCK_F, BLOCK_C,
         )  # fmt: skip
 
 
-def block_sizes(head_dim: int, rotary_dim: int, nheads: tuple[int, ...], itemsize: int) -> dict[str, int]:
-    """Tokens, heads, pairs of features and copied columns that a program holds at once.
+def block_sizes(head_dim: int, rotary_dim: int, nheads: tuple[int, ...], itemsize: int, whole: bool) -> dict[str, int]:
+    """Tokens, heads, pairs of features (of ``whole`` rows the first columns) and copied columns that a program holds at
+    once.
 
     Nothing here depends on a length, so that a new length compiles nothing.
     """
-    pairs = power_of_2_from(rotary_dim // 2)
+    width = power_of_2_from(rotary_dim // 2)
+    if whole:  # the rotated columns, and as many more as make a sector of memory, 32 bytes
+        width = min(max(power_of_2_from(rotary_dim), 32 // itemsize), power_of_2_from(head_dim))
     # Two accesses of 16 bytes for each thread, and no more than 64 features.
-    rows = min(2 * THREADS * 16 // (pairs * itemsize), THREADS * 64 // power_of_2_from(head_dim))
+    rows = min(2 * THREADS * 16 // (width * itemsize), THREADS * 64 // power_of_2_from(head_dim))
     rows = max(1, rows)
     # The largest block of heads that leaves at most an eighth of the rows without a head: 64 heads fill 16 at a time,
     # 12 fill 4, and 71 fill 8.
@@ -201,9 +241,9 @@ def block_sizes(head_dim: int, rotary_dim: int, nheads: tuple[int, ...], itemsiz
     while block_h > 1 and sum(-h % block_h for h in nheads) * 8 > sum(nheads):
         block_h //= 2
     # A power of two that divides the copied columns leaves none to mask; 16 are a sector of memory or more.
-    copied = (head_dim - rotary_dim) or head_dim
+    copied = max(0, head_dim - (width if whole else rotary_dim)) or head_dim
     block_c = min(max(16, copied & -copied), 64, power_of_2_from(copied))
-    return {"BLOCK_M": rows // block_h, "BLOCK_H": block_h, "BLOCK_F": pairs, "BLOCK_C": block_c}
+    return {"BLOCK_M": rows // block_h, "BLOCK_H": block_h, "BLOCK_F": width, "BLOCK_C": block_c}
 
 
 # cos, sin, position_ids, seqlen_offsets, offset, cu_seqlens, interleaved, heads_first, conjugate
@@ -265,13 +305,18 @@ def plan_launch(
     args["ntokens"], args["seqlen"] = ntokens, seqlen
 
     head_dim, rotary_dim = q.shape[-1], 2 * cos.shape[-1]
-    blocks = block_sizes(head_dim, rotary_dim, nheads, q.element_size())
+    in_place = outputs[0] is q
+    # In place, threads that read columns of others would find them written; and halves of whole sectors need no care.
+    cut = rotary_dim < head_dim or rotary_dim // 2 * q.element_size() % 32 != 0
+    whole = rotary_dim > 0 and not interleaved and not in_place and cut
+    blocks = block_sizes(head_dim, rotary_dim, nheads, q.element_size(), whole)
     constants = {
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": rotary_dim,
         "INTERLEAVED": interleaved,
         "CONJUGATE": conjugate,
-        "INPLACE": outputs[0] is q,
+        "INPLACE": in_place,
+        "WHOLE": whole,
         "BATCHED": q.dim() == 4,
         **blocks,
         "num_warps": NUM_WARPS,

@@ -100,8 +100,9 @@ def _app() -> "typer.Typer":
         configuration, dtype, arch, grid, threads, registers, spill_bytes, shared_bytes, occupancy (0 to 1) and
         occupancy_limit, loads and stores ({bytes of an access: instructions}), access_bytes (the widest that alignment
         allows), instructions (of the code) and, per element, instructions_run, ptx_run, l1_bytes, dram_bytes and
-        minimum_bytes; then narrow_share (of l1_bytes), instruction_limit, predicted_card, predicted_us, absent and
-        missed_gates. What is absent is null.
+        minimum_bytes; then narrow_share (of l1_bytes), torn_share (of dram_bytes, what is stored again since sectors
+        are written in parts), instruction_limit, predicted_card, predicted_us, absent and missed_gates. What is absent
+        is null.
         """
         try:
             from neox_kernels.kernel_report import command

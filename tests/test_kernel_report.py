@@ -185,6 +185,7 @@ def test_row(row: Row) -> None:
     [
         ({"spill_bytes": 8}, "spill_bytes 8, limit 0"),
         ({"narrow_share": 0.5}, "narrow_share 0.500"),
+        ({"torn_share": 0.3}, "torn_share 0.300"),
         ({"dram_bytes": 3.4}, "dram_bytes 3.400"),
         ({"instructions_run": 20.1}, "instructions_run 20.10, limit 20"),
     ],

@@ -5,6 +5,7 @@ Grids, blocks and arguments are those of the launcher: the ops themselves are ca
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -114,16 +115,18 @@ def test_nothing_to_launch(cuda: CudaOps) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_width(cuda: CudaOps, arch: int) -> None:
-    """Every kernel of rotary.cu, and one result to the last bit, by whatever access."""
-    cos, sin = rotary_tables(32, 40)
+    """Every kernel of rotary.cu, in place too, and one result to the last bit, by whatever access."""
     ran = set()
-    for dtype in (F32, BF16, F16):
-        for flags in (0, INTERLEAVED):
-            whole = heads("contiguous", (2, 7), 3, 40, dtype)  # a multiple of 16 bytes from head to head
-            results = []
-            for width in (8, 4, 2, 1):
-                x = torch.empty(2, 7, 3, 48, dtype=dtype)[..., width : width + 40].copy_(whole)
-                results.append(cuda.call("rotary", arch, x, cos, sin, None, None, None, 3, flags)[0])
-                ran |= {one.kernel for one in cuda.launches}
-            assert all(torch.equal(results[0], y) for y in results[1:])
+    for dtype, flags, rotary_dim in itertools.product((F32, BF16, F16), (0, INTERLEAVED), (32, 24, 20, 22)):
+        cos, sin = rotary_tables(rotary_dim, 40)
+        whole = heads("contiguous", (2, 7), 3, 40, dtype)  # a multiple of 16 bytes from head to head
+        results = []
+        for width in (8, 4, 2, 1):
+            x = torch.empty(2, 7, 3, 48, dtype=dtype)[..., width : width + 40].copy_(whole)
+            results.append(cuda.call("rotary", arch, x, cos, sin, None, None, None, 3, flags)[0])
+            ran |= {one.kernel for one in cuda.launches}
+            cuda.call("rotary_", arch, x, cos, sin, None, None, None, 3, flags)
+            ran |= {one.kernel for one in cuda.launches}
+            results.append(x)
+        assert all(torch.equal(results[0], y) for y in results[1:])
     assert ran == cuda.kernels_of("rotary.cu")

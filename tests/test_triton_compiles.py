@@ -36,7 +36,7 @@ def test_no_length_is_compiled_anew() -> None:
 )
 def test_heads_of_a_block(nheads: tuple[int, ...], expected: int) -> None:
     """At most an eighth of the rows of a block may be without a head."""
-    assert rotary.block_sizes(128, 128, nheads, 2)["BLOCK_H"] == expected
+    assert rotary.block_sizes(128, 128, nheads, 2, False)["BLOCK_H"] == expected
 
 
 # Softmax

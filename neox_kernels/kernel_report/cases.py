@@ -104,9 +104,9 @@ def rotary_case(
         if append:
             used = zeros(1, dtype=torch.int32)
             arguments = (*outputs[1:], *inputs, cos, sin, used, None, flags)
-            return CudaCall("rotary_kv_append", arguments, "rotary_kernel")
+            return CudaCall("rotary_kv_append", arguments, "rotary_")
         op = "rotary_qk_" if kind == "in place" else "rotary_qk"
-        return CudaCall(op, (*inputs, cos, sin, None, None, sequences(), 0, flags), "rotary_kernel")
+        return CudaCall(op, (*inputs, cos, sin, None, None, sequences(), 0, flags), "rotary_")
 
     elements = (2 + append) * TOKENS * heads * (rotary_dim if kind == "in place" else head_dim)
     minimum = 2 * elements * dtype.itemsize + TOKENS * rotary_dim * 4  # the float32 tables once

@@ -44,6 +44,7 @@ class Row:
     l1_bytes: float | None = None  # per element, asked of L1
     dram_bytes: float | None = None  # per element
     narrow_share: float | None = None  # of l1_bytes, by accesses narrower than access_bytes
+    torn_share: float | None = None  # of dram_bytes, what is stored again because sectors are written in parts
     instruction_limit: float | None = None  # of instructions_run
     predicted_card: str | None = None
     predicted_us: float | None = None  # a prediction, not a measurement
@@ -57,6 +58,9 @@ class Row:
 # Of the bytes asked of L1, what accesses narrower than need be may ask for: numbers that all lanes read, such as a
 # seed, cost a sector each. One tensor of three that is read by 2 bytes would ask for more than half.
 NARROW_SHARE = 0.1
+# A sector that two stores write in parts is read and written once more than need be: on an H100, a rotary kernel where
+# that was a fifth of the bytes took twice the time.
+TORN_SHARE = 0.05
 
 
 def missed_gates(row: Row) -> list[str]:
@@ -68,6 +72,8 @@ def missed_gates(row: Row) -> list[str]:
         missed.append(f"narrow_share {row.narrow_share:.3f} below {row.access_bytes} bytes, limit {NARROW_SHARE}")
     if row.dram_bytes is not None and row.dram_bytes > 1.1 * row.minimum_bytes:
         missed.append(f"dram_bytes {row.dram_bytes:.3f}, limit {1.1 * row.minimum_bytes:.3f} (1.1 of the minimum)")
+    if row.torn_share is not None and row.torn_share > TORN_SHARE:
+        missed.append(f"torn_share {row.torn_share:.3f} of dram_bytes, limit {TORN_SHARE}")
     run, limit = row.instructions_run, row.instruction_limit
     if run is not None and limit is not None and run > limit:
         missed.append(f"instructions_run {run:.2f}, limit {limit}")
@@ -84,6 +90,7 @@ def add_counts(row: Row, case: Case, code: sass.Code, counts: Counts) -> None:
     row.l1_bytes = counts.l1_bytes / case.elements
     row.dram_bytes = counts.dram_bytes / case.elements
     row.narrow_share = counts.narrow_share(case.width)
+    row.torn_share = counts.torn_share
 
 
 def make_row(
@@ -165,7 +172,7 @@ def finish(row: Row, case: Case, code: sass.Code, run: Callable[[], Counts]) -> 
         add_counts(row, case, code, run())
     except Unavailable as reason:
         row.absent = dict.fromkeys(
-            ("instructions_run", "ptx_run", "l1_bytes", "dram_bytes", "narrow_share"), str(reason)
+            ("instructions_run", "ptx_run", "l1_bytes", "dram_bytes", "narrow_share", "torn_share"), str(reason)
         )
     predict(row, case)
 

@@ -54,6 +54,7 @@ class Counts:
     l1_bytes: float  # asked of the L1 cache: a sector for each warp's access that touches it
     dram_bytes: float  # different sectors: what a cache that forgets nothing moves
     bytes_by_width: Mapping[int, float]  # of l1_bytes, by the width of each lane's access
+    torn_share: float  # stores of sectors that another store wrote a part of, to all different sectors
 
     def narrow_share(self, width: int) -> float:
         """The share of ``l1_bytes`` that accesses narrower than ``width`` ask for."""
@@ -105,6 +106,7 @@ def simulate(
         sum(traffic.l1_sectors for traffic in both) * SECTOR / share,
         sum(traffic.dram_sectors for traffic in both) * SECTOR / share,
         {width: sectors * SECTOR / share for width, sectors in by_width.items()},
+        (counters.stores.l1_sectors - counters.stores.dram_sectors) / max(sum(t.dram_sectors for t in both), 1),
     )
 
 
