@@ -147,7 +147,12 @@ def _order(call: Call, implementation: str) -> tuple[str, ...]:
     """The implementations to try, the best first."""
     if implementation not in ("auto", FLASH):
         return (implementation,)
-    if call.q.device.type == "cpu" and (serve.fused_is_faster(call) or serve.fused_is_truer(call)):
+    if call.q.device.type == "cpu":
+        if serve.fused_is_faster(call) or serve.fused_is_truer(call):
+            return (FLASH, "fused")
+    elif implementation == "auto" and serve.sdpa_is_faster_on_gpu(call):
+        return ("sdpa", FLASH, "fused")
+    elif serve.fused_is_faster_on_gpu(call):
         return (FLASH, "fused")
     return (FLASH, "sdpa", "fused")
 

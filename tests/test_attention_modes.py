@@ -8,6 +8,7 @@ from attention_checks import HEAD_DIM, NHEADS, agrees, padding, qkv, randn
 from torch import Tensor
 
 from neox_kernels import attention, prepare_attention
+from neox_kernels import attention_implementations as serve
 from neox_kernels.testing import packed_qkv
 
 IMPLEMENTATIONS = ("sdpa", "fused", "eager", "auto")
@@ -111,3 +112,20 @@ def test_the_function_and_its_module_share_a_name() -> None:
 
     module = importlib.import_module("neox_kernels.attention")
     assert neox_kernels.attention is public is module.attention and callable(public)
+
+
+def test_what_a_gpu_takes_first() -> None:
+    """By the shapes and dtypes alone; bench/results says why."""
+
+    def asked(q_len: int, k_len: int, dtype: torch.dtype, mask: Tensor | None = None, batch: int = 1) -> serve.Call:
+        q, k = (torch.zeros(batch, n, 2, 8, dtype=dtype) for n in (q_len, k_len))
+        return serve.Call(q, k, k, 1.0, prepare_attention(q_len, k_len, mask), None, 0.0, False, False)
+
+    half, single, mask = torch.bfloat16, torch.float32, torch.arange(9)[None] > 3
+    for call in (asked(9, 9, half), asked(1, 9, half), asked(9, 9, half, batch=3)):
+        assert serve.sdpa_is_faster_on_gpu(call) and not serve.fused_is_faster_on_gpu(call)
+    for call in (asked(4, 9, half), asked(4, 9, single), asked(1, 9, single)):
+        assert serve.fused_is_faster_on_gpu(call) and not serve.sdpa_is_faster_on_gpu(call)
+    neither = asked(9, 9, single), asked(9, 9, half, mask), asked(1, 9, single, mask), asked(4, 9, half, batch=2)
+    for call in neither:
+        assert not serve.fused_is_faster_on_gpu(call) and not serve.sdpa_is_faster_on_gpu(call)
