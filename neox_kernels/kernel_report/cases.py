@@ -36,7 +36,7 @@ class CudaCall:
     op: str
     arguments: tuple[Any, ...]
     kernel: str
-    own_memory: bool = False  # it allocates what only it knows of, so that it cannot be simulated
+    own_memory: bool = False  # its kernels read what others of the same call wrote, so that all must run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from neox_kernels.kernel_report.cases import Case
 from neox_kernels.kernel_report.compile import number_lines
-from neox_kernels.kernel_report.simulate import Unavailable, import_from_tests, tensors_in
+from neox_kernels.kernel_report.simulate import Counts, Unavailable, counts_of, import_from_tests, tensors_in
 
 ENTRY = re.compile(r"^(?:\.visible |\.weak )*\.entry ([\w$]+)\(", re.MULTILINE)
 
@@ -40,6 +40,23 @@ class CudaKernels:
         result, launches = self.ops.record(call.op, *call.arguments)
         one = next(launch for launch in launches if call.kernel in launch.kernel)
         return one, tensors_in((*call.arguments, result))
+
+    def run_whole(self, case: Case, arch: str, ptx: str, kernel: str) -> Counts:
+        """What a kernel costs in a call of which every launch runs, since one reads memory that another wrote.
+
+        Args:
+            ptx: the kernel's, with numbered lines, for the counts of lines are of these.
+        """
+        call, parse = case.cuda(), import_from_tests("ptxsim").parse
+        kernels = self.ops.kernels[int(arch[3:])]
+        plain = kernels[kernel]
+        kernels[kernel] = parse(ptx)
+        try:
+            _, counters = self.ops.call(call.op, int(arch[3:]), *call.arguments)
+        finally:
+            kernels[kernel] = plain
+        found = next(c for launch, c in zip(self.ops.launches, counters, strict=True) if launch.kernel == kernel)
+        return counts_of(found, 1.0)
 
     def code_of(self, kernel: str, arch: str) -> tuple[str, bytes]:
         """Its PTX with numbered lines, and the cubin that the toolkit's assembler makes of that."""

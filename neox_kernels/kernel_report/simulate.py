@@ -97,7 +97,11 @@ def simulate(
         kernel=kernel,
         blocks=chosen,
     )
-    share = len(chosen) / blocks
+    return counts_of(counters, len(chosen) / blocks)
+
+
+def counts_of(counters: Any, share: float) -> Counts:
+    """Of ptxsim's Counters, where this share of the grid's blocks ran."""
     both = counters.loads, counters.stores
     by_width = counters.loads.sectors_by_width + counters.stores.sectors_by_width
     return Counts(
