@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -81,6 +82,17 @@ def _app() -> "typer.Typer":
             sys.exit('The demo needs transformers: pip install "neox-kernels[transformers]"')
         if not demonstration.show(demonstration.Scale(layers, width, seqlen, seconds, device), json):
             raise typer.Exit(1)
+
+    @app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        help="Time ops against others' code: bench/run.py of the source tree, with its options (--help lists them).",
+    )
+    def bench(context: typer.Context) -> None:
+        script = Path(neox_kernels.__file__).resolve().parent.parent / "bench" / "run.py"
+        if not script.is_file():
+            sys.exit("The benchmarks come with the source tree, which this installation is without: clone it.")
+        sys.argv = [str(script), *context.args]
+        runpy.run_path(str(script), run_name="__main__")
 
     @app.command()
     def kernel_report(
