@@ -163,20 +163,21 @@ def fused_is_truer(call: Call) -> bool:
 
 
 def sdpa_is_faster_on_gpu(call: Call) -> bool:
-    """Than FlashAttention-2: where it needs no mask, in half precision, by the measurements in bench/results.
+    """Than FlashAttention-2: forward where it needs no mask, in half precision, by the measurements in bench/results.
 
-    On an H100 PyTorch takes cuDNN's, which needs 0.55 to 0.75 of flash-attn's time for squares of 512 tokens and more.
+    On an H100 it needs 0.55 to 0.75 of flash-attn's time for squares of 512 tokens and more.
     """
     masks, dtype = call.masks, call.v.dtype
     without_mask = masks.attn_mask is None and masks.key_padding_mask is None
     aligned = not masks.causal or masks.q_len in (1, masks.k_len)
-    return without_mask and aligned and dtype in HALF and call.q.dtype == call.k.dtype == dtype
+    half = dtype in HALF and call.q.dtype == call.k.dtype == dtype
+    return without_mask and aligned and half and not call.needs_grad()
 
 
 def fused_is_faster_on_gpu(call: Call) -> bool:
     """Than PyTorch's SDPA, for one sequence behind a cache, by the measurements in bench/results.
 
-    A chunk costs SDPA a mask: on an H100, 128 queries of 1024 keys take fused 0.3 to 0.5 of its time. A lone query in
+    A chunk costs SDPA a mask: on an H100, 128 queries of 1024 keys take fused 0.3 to 0.6 of its time. A lone query in
     float32 uses few of a GPU's multiprocessors in SDPA: fused takes 0.7 of its time at 128 keys, 0.05 to 0.1 at 8192.
     """
     masks = call.masks

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neox_kernels import reference
 from neox_kernels.reference.dropout import dropout_keep
-from neox_kernels.testing import assert_within_budget, to_float64
+from neox_kernels.testing import assert_within_budget, error_budget, max_error, to_float64
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,10 @@ def check(case: Case, function: Callable[..., Tensor], device: str = "cpu") -> N
             result.append(tuple(values))
     columns = [[torch.stack(x) for x in zip(*result, strict=True)] for result in results]
     for name, x, expected, oracle in zip(["out", "d_scores", "d_first", "d_second"], *columns, strict=False):
+        if name == "d_first" and case.mask == "float_queries" and x.dtype == torch.float16:
+            # A sum over all keys that is zero in truth: what is left of its terms may round to float16's smallest step.
+            assert max_error(x, oracle) <= max(2**-24, error_budget(expected, oracle)), f"{name} of {case}"
+            continue
         assert_within_budget(x, expected, oracle, f"{name} of {case}")
     if case.view not in ("strided", "expanded"):
         check_inplace(case, function, there, there_options)

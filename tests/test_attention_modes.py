@@ -127,5 +127,7 @@ def test_what_a_gpu_takes_first() -> None:
     for call in (asked(4, 9, half), asked(4, 9, single), asked(1, 9, single)):
         assert serve.fused_is_faster_on_gpu(call) and not serve.sdpa_is_faster_on_gpu(call)
     neither = asked(9, 9, single), asked(9, 9, half, mask), asked(1, 9, single, mask), asked(4, 9, half, batch=2)
-    for call in neither:
+    trained = asked(9, 9, half)
+    trained.q.requires_grad_()
+    for call in (*neither, trained):
         assert not serve.fused_is_faster_on_gpu(call) and not serve.sdpa_is_faster_on_gpu(call)
