@@ -34,6 +34,9 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("causal_softmax_backward(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
   m.def("causal_softmax_backward.inference(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
 
+  m.def("gelu_tanh(Tensor x) -> Tensor");
+  m.def("gelu_tanh.inference(Tensor x) -> Tensor");
+
   // Varlen. The first dimensions of a tensor are those of `inverse` (one, without), and of its result those of `indices`;
   // result row r is row indices[r], or zero where that is -1. The gradient is the same op with the two exchanged.
   m.def("gather_rows(Tensor[] tensors, Tensor indices, Tensor? inverse) -> Tensor[]");

@@ -5,10 +5,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neox_kernels import gelu_tanh
+
 
 class _QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * (1.702 * x).sigmoid()
+
+
+class _TanhGELU(nn.GELU):
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu_tanh(input)
 
 
 class _ClippedGELU(nn.Module):
@@ -40,4 +50,4 @@ ACTIVATIONS = frozenset((*_TANH, *_MODULES))
 
 def activation(name: str) -> nn.Module:
     """The module of an activation that a configuration names, one of ``ACTIVATIONS``."""
-    return nn.GELU(approximate="tanh") if name in _TANH else _MODULES[name]()
+    return _TanhGELU() if name in _TANH else _MODULES[name]()

@@ -11,6 +11,7 @@ from neox_kernels.attention import AttentionChoice, attention, explain_attention
 from neox_kernels.attention_masks import PreparedAttention, prepare_attention
 from neox_kernels.backends import explain, use_backend
 from neox_kernels.nn import FusedCausalSoftmax, RotaryEmbedding
+from neox_kernels.ops.gelu import gelu_tanh
 from neox_kernels.ops.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.ops.softmax import causal_softmax
 from neox_kernels.ops.tables import rotary_tables
@@ -41,6 +42,7 @@ __all__ = [
     "causal_softmax",
     "explain",
     "explain_attention",
+    "gelu_tanh",
     "index_first_axis",
     "index_put_first_axis",
     "pad_input",

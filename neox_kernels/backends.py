@@ -2,8 +2,8 @@
 
 A backend is a module; its implementation of an op is its function of that name. A module also has ``DTYPES``;
 ``unavailable(device_type)``, which gives the reason why it cannot serve a device, or None; and, if its functions refuse
-bad input by themselves there, before anything is touched, the device in ``CHECKS_ITSELF``. To add a backend, write such
-a module and add a line to ``MODULES``.
+bad input by themselves there, before anything is touched, the device in ``CHECKS_ITSELF``. Its ops that serve CPUs
+alone are in ``CPU_ONLY``. To add a backend, write such a module and add a line to ``MODULES``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ OPS = (
     "unpad_input",
     "pad_input",
     "index_first_axis",
+    "gelu_tanh",
 )
 DEVICES = ("cpu", "cuda")
 
@@ -68,8 +69,8 @@ def _reason(name: str, op: str, device_type: str, dtype: Any = None) -> str | No
     if isinstance(module, str):
         return module
     reason: str | None = module.unavailable(device_type)
-    if reason is None and not hasattr(module, op):
-        reason = f"it does not have {op}"
+    if reason is None and (not hasattr(module, op) or (device_type != "cpu" and op in getattr(module, "CPU_ONLY", ()))):
+        reason = f"it does not have {op} on {device_type}"
     if reason is None and dtype is not None and dtype not in module.DTYPES:
         reason = f"it does not serve {dtype}"
     return reason

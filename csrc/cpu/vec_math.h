@@ -1,4 +1,5 @@
-// What softmax needs of vectors beyond vec.h: sums, maxima, masks and the exponential.
+// What softmax and GELU need of vectors beyond vec.h: sums, extremes, masks and the exponential. Of max and min the second
+// argument is the result where either is NaN.
 #pragma once
 #include "cpu/vec.h"
 
@@ -22,7 +23,9 @@ constexpr float kSmallestExponent = -126.0f;
 static inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 static inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // The first n lanes of a, then those of b.
@@ -44,7 +47,9 @@ static inline Vec zero_below(Vec x, float bound, Vec value) {
 static inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 static inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 static inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+static inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline float sum(Vec a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -81,7 +86,9 @@ typedef uint8_t Bytes __attribute__((vector_size(4)));
 static inline Vec broadcast(float x) { return {Floats{x, x, x, x}}; }
 static inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 static inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+static inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 static inline Vec max(Vec a, Vec b) { return {(Floats)blend(a.v > b.v, (Ints)a.v, (Ints)b.v)}; }
+static inline Vec min(Vec a, Vec b) { return {(Floats)blend(a.v < b.v, (Ints)a.v, (Ints)b.v)}; }
 static inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 static inline float max(Vec a) {
   const Vec two = max(a, {Floats{a.v[2], a.v[3], a.v[2], a.v[3]}});

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from neox_kernels.compiled.gelu import gelu_tanh
 from neox_kernels.compiled.library import build_config, load_error
 from neox_kernels.compiled.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.compiled.softmax import causal_softmax
@@ -15,6 +16,7 @@ from neox_kernels.compiled.varlen import index_first_axis, pad_input, unpad_inpu
 
 __all__ = [
     "CHECKS_ITSELF",
+    "CPU_ONLY",
     "DTYPES",
     "apply_rotary",
     "apply_rotary_kv_append",
@@ -22,6 +24,7 @@ __all__ = [
     "build_config",
     "causal_softmax",
     "cpu_isa",
+    "gelu_tanh",
     "index_first_axis",
     "load_error",
     "pad_input",
@@ -32,6 +35,7 @@ __all__ = [
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 CHECKS_ITSELF = ("cpu",)
+CPU_ONLY = frozenset({"gelu_tanh"})
 
 
 def unavailable(device_type: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from neox_kernels.reference.gelu import gelu_tanh
 from neox_kernels.reference.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.reference.softmax import causal_softmax
 from neox_kernels.reference.varlen import index_first_axis, pad_input, unpad_input, varlen_metadata
@@ -18,6 +19,7 @@ __all__ = [
     "apply_rotary_kv_append",
     "apply_rotary_qk",
     "causal_softmax",
+    "gelu_tanh",
     "index_first_axis",
     "pad_input",
     "unavailable",
