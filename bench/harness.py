@@ -39,7 +39,7 @@ def host_sampler(clock: Callable[[], float] = time.thread_time, sample_seconds: 
         while clock() - start < sample_seconds / 4:
             call()
             calls += 1
-        repeats = max(1, calls * 4)
+        repeats = max(1, round(sample_seconds * calls / (clock() - start)))
 
         def sample() -> float:
             start = clock()

@@ -12,6 +12,7 @@ from neox_kernels.models import losses
 from neox_kernels.models.base import PretrainedModel
 from neox_kernels.models.decoder import Decoder
 from neox_kernels.models.forward import require_integers
+from neox_kernels.models.logits import logits_of
 from neox_kernels.models.outputs import (
     CausalLMOutput,
     DecoderOutput,
@@ -114,9 +115,7 @@ class CausalLM(WithHead):
         hidden = output.last_hidden_state
         if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)
-        if self.logits_dtype is not None:
-            logits = logits.to(self.logits_dtype)
+        logits = logits_of(self.lm_head, hidden, self.logits_dtype)
         loss = None if labels is None else losses.language_model_loss(logits, labels)
         given = CausalLMOutput(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
         return self._give(given, return_dict)

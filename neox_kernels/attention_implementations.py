@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
+from neox_kernels import memory
 from neox_kernels.attention_masks import PreparedAttention
 from neox_kernels.flash_attention import HALF, flash_attention, reason_against
 from neox_kernels.ops.softmax import causal_softmax
@@ -65,7 +66,10 @@ def fused(call: Call) -> Result:
     if rows is not None:
         return _fused_by_rows(call, rows), None
     q, k, v = _operands(call, call.q, call.k, call.v)
-    probs = _probabilities(call, torch.matmul(q, k.mT), call.masks.key_padding_mask, call.head_mask)
+    out = None
+    if _on_plain_cpu(call):
+        out = memory.empty((*q.shape[:3], k.shape[2]), q.dtype)
+    probs = _probabilities(call, torch.matmul(q, k.mT, out=out), call.masks.key_padding_mask, call.head_mask)
     return torch.matmul(probs, v).transpose(1, 2), probs if call.output_attentions else None
 
 
@@ -85,11 +89,18 @@ def _rows_at_a_time(call: Call) -> int | None:
     take 0.8 of the time at (1, 512) and half at (1, 2048). oneDNN prefers larger matrices.
     """
     masks = call.masks
-    if torch.compiler.is_compiling() or call.q.device.type != "cpu" or not masks.causal or masks.attn_mask is not None:
+    if not _on_plain_cpu(call) or not masks.causal or masks.attn_mask is not None:
         return None
     rows = 512 if call.v.dtype in HALF else 128
-    whole = call.output_attentions or call.dropout_p > 0 or torch.is_autocast_enabled("cpu") or call.needs_grad()
+    whole = call.output_attentions or call.dropout_p > 0
     return None if whole or call.q.shape[0] * masks.q_len <= rows else rows
+
+
+def _on_plain_cpu(call: Call) -> bool:
+    """Whether memory on the CPU may be filled part by part: nothing records, traces or casts."""
+    if torch.compiler.is_compiling() or call.q.device.type != "cpu":
+        return False
+    return not (torch.is_autocast_enabled("cpu") or call.needs_grad())
 
 
 def _fused_by_rows(call: Call, rows: int) -> Tensor:
