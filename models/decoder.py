@@ -25,12 +25,13 @@ class Decoder(PretrainedModel):
     layers_name: ClassVar[str]
     norm_name: ClassVar[str]
     interleaved: ClassVar[bool]
+    rotary_class: ClassVar[type[RotaryEmbedding]] = RotaryEmbedding
     adds_token_types: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         config = self.config
-        self.rotary_emb = RotaryEmbedding(
+        self.rotary_emb = self.rotary_class(
             config.rotary_dim_of_head,
             config.max_position_embeddings,
             config.rotary_base,
@@ -117,19 +118,24 @@ class Decoder(PretrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         nheads = config.num_attention_heads
+        length = self._length(position_ids, batch, seqlen, start)
+        attention_mask = require_mask(attention_mask, (batch, nheads, seqlen, start + seqlen), hidden.dtype)
+        heads = require_head_mask(head_mask, config.num_hidden_layers, nheads, hidden.dtype)
+        hidden = getattr(self, self.dropout_name)(hidden)
+        tables, position_ids = self._tables(hidden, position_ids, start)
         shared = Forward(
             rotary=self.rotary_emb,
-            length=self._length(position_ids, batch, seqlen, start),
+            tables=tables,
+            length=length,
             position_ids=position_ids,
-            attention_mask=require_mask(attention_mask, (batch, nheads, seqlen, start + seqlen), hidden.dtype),
+            attention_mask=attention_mask,
             q_len=seqlen,
             k_len=start + seqlen,
-            head_mask=require_head_mask(head_mask, config.num_hidden_layers, nheads, hidden.dtype),
+            head_mask=heads,
             cache=cache,
             implementation=self.attn_implementation,
             output_attentions=output_attentions,
         )
-        hidden = getattr(self, self.dropout_name)(hidden)
         kept = []
         for i, layer in enumerate(self.layers_in_order):
             if self._devices is not None:
@@ -208,6 +214,12 @@ class Decoder(PretrainedModel):
         if past is None:
             return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
         return past if isinstance(past, KVCache) else KVCache.from_tuple(past)
+
+    def _tables(
+        self, hidden: Tensor, position_ids: Tensor | None, start: int
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Tables that are not ``rotary_emb``'s own, and their rows in place of ``position_ids``."""
+        return None, position_ids
 
     def _length(self, position_ids: Tensor | None, batch: int, seqlen: int, start: int) -> int:
         """How many positions the tables must hold."""

@@ -23,8 +23,9 @@ class Forward:
     """
 
     rotary: RotaryEmbedding
+    tables: tuple[Tensor, Tensor] | None  # cos and sin where they are not the module's own
     length: int  # positions that the tables must hold
-    position_ids: Tensor | None  # None: behind what the cache has
+    position_ids: Tensor | None  # rows of the tables; None: behind what the cache has
     attention_mask: Tensor | None
     q_len: int
     k_len: int
@@ -43,7 +44,7 @@ class Forward:
         k: Tensor,
         v: Tensor,
         *,
-        dropout_p: float,
+        dropout: float | nn.Module,
         upcast_scores: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -51,6 +52,8 @@ class Forward:
 
         Args:
             q, k, v: (batch, seqlen, nheads, head_dim), of which q and k are not rotated yet.
+            dropout: of the probabilities: how many are dropped, or the family's module for it, which is called where
+                anyone watches it, and where it is not PyTorch's.
             upcast_scores: see :func:`neox_kernels.attention`.
             inplace: q and k may be overwritten.
 
@@ -59,7 +62,10 @@ class Forward:
         """
         # eager and fused have the probabilities anyway: hooks on attention see them, as they do in transformers' eager.
         give = self.output_attentions or self.implementation in ("eager", "fused")
-        cos, sin = self.rotary.tables(self.length, q.device)
+        if self.tables is None:
+            cos, sin = self.rotary.tables(self.length, q.device)
+        else:
+            cos, sin = (table.to(q.device) for table in self.tables)
         interleaved = self.rotary.interleaved
         position_ids = None if self.position_ids is None else self.position_ids.to(q.device)
         if self.cache is None:
@@ -70,20 +76,52 @@ class Forward:
                 layer, q, k, v, cos, sin, self._lengths(q), interleaved=interleaved, position_ids=position_ids,
                 inplace=inplace,
             )  # fmt: skip
-        attended, probabilities = attention(
-            q,
-            k,
-            v,
-            head_mask=None if self.head_mask is None else self.head_mask[layer].to(q.device),
-            dropout_p=dropout_p,
-            output_attentions=give,
-            implementation=self.implementation,
-            upcast_scores=upcast_scores,
-            prepared=self._masks(q.device),
-        )
+        head_mask = None if self.head_mask is None else self.head_mask[layer].to(q.device)
+        masks = self._masks(q.device)
+        probabilities: Tensor | None
+        if isinstance(dropout, nn.Module) and (type(dropout) is not nn.Dropout or watched(dropout)):
+            attended, probabilities = self._attend_by_module(q, k, v, head_mask, masks, dropout, upcast_scores)
+        else:
+            if isinstance(dropout, nn.Dropout):
+                dropout = dropout.p if dropout.training else 0.0
+            attended, probabilities = attention(
+                q,
+                k,
+                v,
+                head_mask=head_mask,
+                dropout_p=dropout,
+                output_attentions=give,
+                implementation=self.implementation,
+                upcast_scores=upcast_scores,
+                prepared=masks,
+            )
         if self.output_attentions and probabilities is not None:
             self.attentions[layer] = probabilities
         return attended.flatten(2), probabilities
+
+    def _attend_by_module(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        head_mask: Tensor | None,
+        masks: PreparedAttention,
+        dropout: nn.Module,
+        upcast_scores: bool,
+    ) -> tuple[Tensor, Tensor]:
+        _, probabilities = attention(
+            q,
+            k,
+            v,
+            output_attentions=True,
+            implementation="eager" if self.implementation == "eager" else "fused",
+            upcast_scores=upcast_scores,
+            prepared=masks,
+        )
+        probabilities = dropout(probabilities)
+        if head_mask is not None:
+            probabilities = probabilities * head_mask[:, None, None].to(probabilities.dtype)
+        return torch.matmul(probabilities, v.transpose(1, 2)).transpose(1, 2), probabilities
 
     def _masks(self, device: torch.device) -> PreparedAttention:
         found = self._prepared.get(device)
@@ -107,11 +145,15 @@ class Forward:
         return found
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether anyone sees or changes a call of the module: by hooks, or by a forward of its own."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+
+
 def may_overwrite(*projections: nn.Module) -> bool:
-    """Whether nobody but the caller can hold on to what the modules gave: they are plain and without hooks."""
-    if torch.nn.modules.module._global_forward_hooks:
-        return False
-    return all(type(x) is nn.Linear and not x._forward_hooks and "forward" not in x.__dict__ for x in projections)
+    """Whether nobody but the caller can hold on to what the modules gave."""
+    return all(type(x) is nn.Linear and not watched(x) for x in projections)
 
 
 def may_look(x: Tensor) -> bool:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from neox_kernels import RotaryEmbedding
 from neox_kernels.models import heads
 from neox_kernels.models.activations import activation
 from neox_kernels.models.configuration import GPTNeoXConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
-from neox_kernels.models.forward import Forward, may_overwrite
+from neox_kernels.models.forward import Forward, may_overwrite, watched
 
 
 class GPTNeoXAttention(nn.Module):
@@ -34,7 +36,7 @@ class GPTNeoXAttention(nn.Module):
             q,
             k,
             v,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout=self.dropout_p if self.training else 0.0,
             upcast_scores=False,
             inplace=may_overwrite(self.query_key_value),
         )
@@ -74,6 +76,16 @@ class GPTNeoXLayer(nn.Module):
         return given + hidden
 
 
+class GPTNeoXRotaryEmbedding(RotaryEmbedding):
+    """The rotary embedding under the name and with the call of transformers, for hooks; the layers need no call."""
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """cos and sin of (batch or 1, seqlen, rotary_dim), their halves repeated, in the dtype of ``hidden``."""
+        length = int(position_ids.max()) + 1 if position_ids.numel() else 0
+        cos, sin = (table[position_ids].to(hidden.dtype) for table in self.tables(length, hidden.device))
+        return cos.repeat(1, 1, 2), sin.repeat(1, 1, 2)
+
+
 class GPTNeoXModel(Decoder):
     """GPT-NeoX without a head. Arguments and result of a call: see :meth:`Decoder.forward`."""
 
@@ -83,6 +95,7 @@ class GPTNeoXModel(Decoder):
     layers_name = "layers"
     norm_name = "final_layer_norm"
     interleaved = False
+    rotary_class = GPTNeoXRotaryEmbedding
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -92,6 +105,17 @@ class GPTNeoXModel(Decoder):
         self.layers = nn.ModuleList(GPTNeoXLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.init_weights()
+
+    def _tables(
+        self, hidden: Tensor, position_ids: Tensor | None, start: int
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        if not watched(self.rotary_emb):
+            return None, position_ids
+        if position_ids is None:
+            position_ids = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
+        cos, sin = (table[..., : table.shape[-1] // 2] for table in self.rotary_emb(hidden, position_ids=position_ids))
+        rows = torch.arange(cos.shape[0] * cos.shape[1], device=cos.device).view(cos.shape[:2])
+        return (cos.flatten(0, 1), sin.flatten(0, 1)), rows
 
 
 class _GPTNeoX:

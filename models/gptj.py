@@ -23,7 +23,7 @@ class GPTJAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.nheads = config.num_attention_heads
-        self.dropout_p = config.attention_dropout
+        self.attn_dropout = nn.Dropout(config.attention_dropout)
         self.resid_dropout = nn.Dropout(config.hidden_dropout)
         width = config.hidden_size
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
@@ -36,7 +36,7 @@ class GPTJAttention(nn.Module):
             q,
             k,
             v,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout=self.attn_dropout,
             upcast_scores=True,
             inplace=may_overwrite(self.q_proj, self.k_proj),
         )
