@@ -80,7 +80,8 @@ class Forward:
         masks = self._masks(q.device)
         probabilities: Tensor | None
         if isinstance(dropout, nn.Module) and (type(dropout) is not nn.Dropout or watched(dropout)):
-            attended, probabilities = self._attend_by_module(q, k, v, head_mask, masks, dropout, upcast_scores)
+            by = "eager" if self.implementation == "eager" else "fused"
+            attended, probabilities = attend_by_module(q, k, v, dropout, masks, head_mask, upcast_scores, by)
         else:
             if isinstance(dropout, nn.Dropout):
                 dropout = dropout.p if dropout.training else 0.0
@@ -98,30 +99,6 @@ class Forward:
         if self.output_attentions and probabilities is not None:
             self.attentions[layer] = probabilities
         return attended.flatten(2), probabilities
-
-    def _attend_by_module(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        head_mask: Tensor | None,
-        masks: PreparedAttention,
-        dropout: nn.Module,
-        upcast_scores: bool,
-    ) -> tuple[Tensor, Tensor]:
-        _, probabilities = attention(
-            q,
-            k,
-            v,
-            output_attentions=True,
-            implementation="eager" if self.implementation == "eager" else "fused",
-            upcast_scores=upcast_scores,
-            prepared=masks,
-        )
-        probabilities = dropout(probabilities)
-        if head_mask is not None:
-            probabilities = probabilities * head_mask[:, None, None].to(probabilities.dtype)
-        return torch.matmul(probabilities, v.transpose(1, 2)).transpose(1, 2), probabilities
 
     def _masks(self, device: torch.device) -> PreparedAttention:
         found = self._prepared.get(device)
@@ -145,10 +122,32 @@ class Forward:
         return found
 
 
+def attend_by_module(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: nn.Module,
+    masks: PreparedAttention,
+    head_mask: Tensor | None,
+    upcast_scores: bool,
+    implementation: str = "fused",
+) -> tuple[Tensor, Tensor]:
+    """Attention whose probabilities go through a module that someone watches: result and probabilities."""
+    _, probabilities = attention(
+        q, k, v, output_attentions=True, implementation=implementation, upcast_scores=upcast_scores, prepared=masks
+    )
+    assert probabilities is not None
+    probabilities = dropout(probabilities)
+    if head_mask is not None:
+        head_mask = head_mask[:, None, None] if head_mask.dim() == 1 else head_mask
+        probabilities = probabilities * head_mask.to(probabilities.dtype)
+    return torch.matmul(probabilities, v.transpose(1, 2)).transpose(1, 2), probabilities
+
+
 def watched(module: nn.Module) -> bool:
     """Whether anyone sees or changes a call of the module: by hooks, or by a forward of its own."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+    return bool(own or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook())
 
 
 def may_overwrite(*projections: nn.Module) -> bool:

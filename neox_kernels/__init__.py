@@ -25,6 +25,8 @@ from neox_kernels.ops.varlen import (
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from neox_kernels.integrations.transformers import SwapReport
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "restore",
     "rotary_tables",
     "swap",
+    "swapped",
     "unpad_input",
     "use_backend",
     "varlen_metadata",
@@ -60,13 +63,17 @@ __all__ = [
 backends.fill(("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
 
 
-def swap(model: torch.nn.Module, *, rotary: bool = True) -> SwapReport:
+def swap(model: torch.nn.Module, *, attention: bool = True) -> SwapReport:
     """Let the fused ops serve a live transformers GPT-NeoX or GPT-J model: same numbers, less time.
+
+    Attention goes by :func:`attention` where the model is configured for ``eager`` (then by the fused softmax, with
+    probabilities as before) or ``sdpa`` (then by the fastest for the call), and always in GPT-J. Whatever else the
+    model is configured for stays.
 
     Args:
         model: any module that holds transformers' GPT-NeoX or GPT-J attention layers; changed in place, per instance:
             transformers itself and other models stay as they are.
-        rotary: replace the rotary embedding of every layer.
+        attention: False for the rotary embedding alone.
 
     Returns:
         What was replaced, and what was left and why; it prints well. Swapping twice changes nothing more.
@@ -77,7 +84,7 @@ def swap(model: torch.nn.Module, *, rotary: bool = True) -> SwapReport:
     """
     from neox_kernels.integrations import transformers
 
-    return transformers.swap(model, rotary=rotary)
+    return transformers.swap(model, attention=attention)
 
 
 def restore(model: torch.nn.Module) -> SwapReport:
@@ -85,3 +92,14 @@ def restore(model: torch.nn.Module) -> SwapReport:
     from neox_kernels.integrations import transformers
 
     return transformers.restore(model)
+
+
+def swapped(model: torch.nn.Module, *, attention: bool = True) -> AbstractContextManager[SwapReport]:
+    """``with neox_kernels.swapped(model) as report:`` swaps for the block, and puts back what it replaced.
+
+    Args:
+        model, attention: see :func:`swap`.
+    """
+    from neox_kernels.integrations import transformers
+
+    return transformers.swapped(model, attention=attention)

@@ -56,7 +56,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "neox_kernels.models",
         "safetensors",
     },
-    "neox_kernels.integrations": {*API, "neox_kernels.integrations", "neox_kernels.models", "transformers"},
+    "neox_kernels.integrations": {
+        *API,
+        *(f"neox_kernels.{name}" for name in ("attention", "integrations", "models")),
+        "transformers",
+    },
     # These two also report what the compiled library has.
     "neox_kernels.demo": {*API, "neox_kernels.models", "neox_kernels.compiled", "transformers", "rich"},
     "neox_kernels.kernel_report": {*API, "neox_kernels.kernels", "neox_kernels.kernel_report", "triton", "rich"},

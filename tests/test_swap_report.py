@@ -67,8 +67,8 @@ def test_swap_restore_and_report(build: Any) -> None:
     names = [name for name, module in model.named_modules() if module in attention_modules(model)]
 
     report = neox_kernels.swap(model)
-    assert report.replaced == [(name, "fused rotary") for name in names] and report.left == []
-    assert str(report) == f"replaced 2: {names[0].replace('0', '0-1')}: fused rotary"
+    assert report.replaced == [(name, "fused rotary and attention") for name in names] and report.left == []
+    assert str(report) == f"replaced 2: {names[0].replace('0', '0-1')}: fused rotary and attention"
     again = neox_kernels.swap(model)
     assert again.replaced == [] and again.left == [(name, "swapped already") for name in names]
     assert [type(m) for m in attention_modules(other)] == [m.__class__.__mro__[1] for m in attention_modules(model)]
@@ -117,7 +117,7 @@ def test_what_is_not_known_is_left_and_named() -> None:
     )
     kinds = {name: type(module) for name, module in model.items() if name != "known"}
     report = neox_kernels.swap(model)
-    assert report.replaced == [("known", "fused rotary")]
+    assert report.replaced == [("known", "fused rotary and attention")]
     assert dict(report.left) == {
         "flash": "GPTJFlashAttention2 is a subclass of GPTJAttention",
         "subclass": "OwnAttention is a subclass of GPTNeoXAttention",
@@ -145,11 +145,18 @@ def test_forward_overridden_after_the_swap_is_not_lost() -> None:
 
 
 @each_family
-def test_rotary_false_changes_nothing(build: Any) -> None:
+def test_for_a_block_only(build: Any) -> None:
     model = build()
-    report = neox_kernels.swap(model, rotary=False)
-    assert report.replaced == [] and [why for _, why in report.left] == ["rotary=False"] * 2
-    assert not set(map(type, model.modules())) & set(integration._STOCK)
+    kinds = [type(module) for module in model.modules()]
+    with neox_kernels.swapped(model) as report:
+        assert len(report.replaced) == 2 and [type(module) for module in model.modules()] != kinds
+        with neox_kernels.swapped(model) as again:
+            assert again.replaced == []
+        assert [type(module) for module in model.modules()] != kinds  # the inner block replaced nothing
+    assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(ZeroDivisionError), neox_kernels.swapped(model):
+        raise ZeroDivisionError
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_a_model_is_wanted() -> None:
