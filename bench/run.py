@@ -31,7 +31,7 @@ from harness import Call, Sampler, compare, host_sampler
 import neox_kernels
 from neox_kernels import compiled
 
-FAMILIES = ("rotary", "softmax", "varlen", "gelu", "attention", "models")
+FAMILIES = ("rotary", "softmax", "varlen", "gelu", "attention", "models", "swap")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+import transformers
 from test_swap import SEQLEN, VOCAB, attention_modules, gpt_neox, gptj, in_float64, logits, swapped_copy, text
 from transformers import (
     DynamicCache,
@@ -172,6 +173,8 @@ def test_gradients(case: str, dtype: torch.dtype) -> None:
 
 @each
 def test_probabilities_where_they_are_asked_for(case: str) -> None:
+    if case == "gpt_neox by name" and transformers.__version__ < "5":
+        pytest.skip("its layer does not tell the attention function")
     ours, stock, _ = trio(case)
     inputs = text(padding="left")
     if "gptj" not in case:
