@@ -67,8 +67,8 @@ def swap(model: torch.nn.Module, *, attention: bool = True) -> SwapReport:
     """Let the fused ops serve a live transformers GPT-NeoX or GPT-J model: same numbers, less time.
 
     Attention goes by :func:`attention` where the model is configured for ``eager`` (then by the fused softmax, with
-    probabilities as before) or ``sdpa`` (then by the fastest for the call), and always in GPT-J. Whatever else the
-    model is configured for stays.
+    probabilities as before) or ``sdpa`` (then by the fastest for the call), and always in GPT-J, whose activation is
+    exchanged too. Whatever else the model is configured for stays.
 
     Args:
         model: any module that holds transformers' GPT-NeoX or GPT-J attention layers; changed in place, per instance:

@@ -65,17 +65,21 @@ def test_swap_restore_and_report(build: Any) -> None:
     model, other = build(), build()
     kinds, before = [type(module) for module in model.modules()], logits(model)
     names = [name for name, module in model.named_modules() if module in attention_modules(model)]
+    acts = [f"transformer.h.{i}.mlp.act" for i in range(2)] if build is gptj else []
 
     report = neox_kernels.swap(model)
-    assert report.replaced == [(name, "fused rotary and attention") for name in names] and report.left == []
-    assert str(report) == f"replaced 2: {names[0].replace('0', '0-1')}: fused rotary and attention"
+    expected = [(name, "fused rotary and attention") for name in names] + [(name, "fused GELU") for name in acts]
+    assert sorted(report.replaced) == sorted(expected) and report.left == []
+    lines = [f"replaced 2: {names[0].replace('0', '0-1')}: fused rotary and attention"]
+    lines += ["replaced 2: transformer.h.0-1.mlp.act: fused GELU"] if acts else []
+    assert str(report).splitlines() == lines
     again = neox_kernels.swap(model)
     assert again.replaced == [] and again.left == [(name, "swapped already") for name in names]
     assert [type(m) for m in attention_modules(other)] == [m.__class__.__mro__[1] for m in attention_modules(model)]
     assert torch.equal(logits(other), before)  # transformers itself is as it was
 
     back = neox_kernels.restore(model)
-    assert [name for name, _ in back.replaced] == names
+    assert sorted(name for name, _ in back.replaced) == sorted(names + acts)
     assert [type(module) for module in model.modules()] == kinds
     assert torch.equal(logits(model), before)
     assert neox_kernels.restore(model).replaced == []
@@ -141,7 +145,8 @@ def test_forward_overridden_after_the_swap_is_not_lost() -> None:
     attention = attention_modules(model)[0]
     attention.forward = types.MethodType(lambda self, *args, **options: None, attention)
     report = neox_kernels.restore(model)
-    assert len(report.replaced) == 1 and "overridden after the swap" in report.left[0][1]
+    assert [name for name, _ in report.replaced if "attn" in name] == ["transformer.h.1.attn"]
+    assert "overridden after the swap" in report.left[0][1]
 
 
 @each_family
@@ -149,7 +154,10 @@ def test_for_a_block_only(build: Any) -> None:
     model = build()
     kinds = [type(module) for module in model.modules()]
     with neox_kernels.swapped(model) as report:
-        assert len(report.replaced) == 2 and [type(module) for module in model.modules()] != kinds
+        assert (
+            len(report.replaced) == (4 if build is gptj else 2)
+            and [type(module) for module in model.modules()] != kinds
+        )
         with neox_kernels.swapped(model) as again:
             assert again.replaced == []
         assert [type(module) for module in model.modules()] != kinds  # the inner block replaced nothing

@@ -15,11 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.activations import NewGELUActivation
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.gptj import modeling_gptj as gptj
 
 from neox_kernels.integrations.transformers_attention import NAME, register
-from neox_kernels.integrations.transformers_layers import FusedGPTJAttention, FusedGPTNeoXAttention
+from neox_kernels.integrations.transformers_layers import (
+    FusedGPTJAttention,
+    FusedGPTNeoXAttention,
+    FusedNewGELUActivation,
+)
 
 register()
 # GPT-J makes its layers by this table, and knows no interface.
@@ -28,6 +33,7 @@ gptj.GPTJ_ATTENTION_CLASSES[NAME] = FusedGPTJAttention
 _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
     gpt_neox.GPTNeoXAttention: FusedGPTNeoXAttention,
     gptj.GPTJAttention: FusedGPTJAttention,
+    NewGELUActivation: FusedNewGELUActivation,  # of GPT-J
 }
 _STOCK = {swapped: stock for stock, swapped in _SWAPPED.items()}
 
@@ -74,7 +80,14 @@ def _runs(numbers: list[str]) -> str:
 def swap(model: nn.Module, *, attention: bool = True) -> SwapReport:
     """See :func:`neox_kernels.swap`."""
     report = SwapReport()
-    for name, module in _modules(model):
+    for name, module in list(_modules(model)):
+        if isinstance(module, NewGELUActivation):
+            continue  # with its MLP
+        if type(module) is gptj.GPTJMLP:
+            if attention and type(module.act) is NewGELUActivation and not _overridden(module.act):
+                _exchange(module.act, FusedNewGELUActivation)
+                report.replaced.append((f"{name}.act".lstrip("."), "fused GELU"))
+            continue
         reason = _reason(module)
         if reason is None:
             _exchange(module, _SWAPPED[type(module)])
@@ -151,7 +164,7 @@ def _overridden(module: nn.Module) -> bool:
 
 def _made_by_name(module: nn.Module) -> bool:
     """Whether transformers made the layer so, and its stock class would not understand the masks it gets."""
-    config: Any = module.config
+    config: Any = getattr(module, "config", None)
     return isinstance(module, FusedGPTJAttention) and config._attn_implementation == NAME
 
 

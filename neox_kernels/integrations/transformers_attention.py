@@ -61,7 +61,9 @@ def attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     prepared, k_len = _read(mask, query.shape[0], query.shape[2], key.shape[2], causal)
-    q, k, v = (x.transpose(1, 2) for x in (query, key[:, :, :k_len], value[:, :, :k_len]))
+    if k_len < key.shape[2]:
+        key, value = key[:, :, :k_len], value[:, :, :k_len]
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(dropout, nn.Module):
         if type(dropout) is not nn.Dropout or watched(dropout):
             return attend_by_module(q, k, v, dropout, prepared, head_mask, upcast_scores)
