@@ -44,8 +44,17 @@ COMMON = {
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "head_dim": None}
 LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
 CODEGEN = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
 MASKED = {"head": "MaskedLM"}
+TEXT = {key: COMMON[key] for key in list(COMMON)[:8]} | {"head_dim": 16}
+
+
+def with_images(text: dict[str, Any], **vision: Any) -> dict[str, Any]:
+    """A model of text and images, of which the text is run."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, **vision}
+    return {"head": "ImageTextToText", "text_config": TEXT | text, "vision_config": vision}
+
 
 # model_type, or model_type and a variant: what its configuration changes.
 SERVED: dict[str, dict[str, Any]] = {
@@ -72,6 +81,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": MIXED,
     "gemma3_text": MIXED,
+    "gemma3 with images": with_images(MIXED, num_hidden_layers=1, image_size=28, patch_size=14),
     "gemma4_text": {**MIXED, "hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0},
     "glm": {},
     "glm4": {},
@@ -115,11 +125,13 @@ SERVED: dict[str, dict[str, Any]] = {
     "phimoe": {},
     "qwen2": {},
     "qwen2_moe": {"shared_expert_intermediate_size": 16},
+    "qwen2_vl": with_images({**MROPE, "hidden_size": 64}, depth=1, embed_dim=32, num_heads=4, hidden_size=64),
     "qwen3": {},
     "qwen3_moe": {},
     "qwen3_next": {**{f"linear_{n}_head_dim": 8 for n in ("key", "value")}, "linear_num_value_heads": 4}
     | {"linear_num_key_heads": 2, "shared_expert_intermediate_size": 16}
     | {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_vl": with_images(MROPE, depth=1, num_heads=4, out_hidden_size=32, deepstack_visual_indexes=[0]),
     "seed_oss": {},
     "smollm3": {},
     "solar_open": {},

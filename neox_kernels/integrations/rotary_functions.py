@@ -13,12 +13,13 @@ import copyreg
 import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neox_kernels.integrations.rotary_trial import NAME, SIGNATURES, Pair, Rotation, recognise
 
@@ -39,7 +40,7 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def calls_rotary(kind: type[nn.Module]) -> bool:
     """Whether the class's forward calls a global ``apply_rotary_pos_emb``, and has no other way into this package."""
-    forward = inspect.unwrap(kind.forward)
+    forward = inspect.unwrap(getattr(kind, "forward", None))  # type: ignore[arg-type]
     return (
         isinstance(forward, FunctionType)
         and NAME in forward.__globals__
@@ -114,14 +115,18 @@ class RotaryFunctions:
         """The rotary embeddings beside the module, or beside what it lies in: of a model's parts, its own ones."""
         name = self._names.get(module, "")
         while True:
-            found = [child for child in self._modules[name].children() if _is_rotary(child)]
+            found = [child for child in self._modules[name].children() if _is_rotary(cast(Any, type(child)))]
             if found or not name:
                 return found
             name = name.rpartition(".")[0]
 
 
-def _is_rotary(module: nn.Module) -> bool:
-    return list(inspect.signature(type(module).forward).parameters)[1:3] == ["x", "position_ids"]
+@functools.cache
+def _is_rotary(kind: Any) -> bool:
+    try:
+        return list(inspect.signature(kind.forward).parameters)[1:3] == ["x", "position_ids"]
+    except (AttributeError, TypeError, ValueError):  # a forward that is not written in Python
+        return False
 
 
 def _not_always(module: nn.Module) -> str | None:
@@ -148,7 +153,7 @@ def _try(stock: Any, rotaries: list[nn.Module], layer_type: Any) -> Rotation | s
                 return f"{names} gives no cos and sin of (batch, seqlen, rotary_dim)"
             return recognise(stock, signature, tables)
         except Exception as error:  # whatever a model's code may raise: a swap leaves what it cannot try
-            return f"its {NAME} could not be tried: {type(error).__name__}: {error}"
+            return f"its {NAME} could not be tried: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _tables(rotary: nn.Module, layer_type: Any) -> list[tuple[Pair, Pair]]:
@@ -160,15 +165,16 @@ def _tables(rotary: nn.Module, layer_type: Any) -> list[tuple[Pair, Pair]]:
     calls: list[tuple[Any, ...]] = [(one,) for one in types] if parameter is not None else []
     if parameter is None or parameter.default is not inspect.Parameter.empty:
         calls.append(())
+    positions = torch.tensor([[0, 1, 2, 5, 9], [3, 11, 40, 77, 100]], device="cpu")
+    of_images = torch.stack((positions, positions + 1, positions + 3))  # by time, height and width
     found = []
-    for call in calls:
-        with contextlib.suppress(Exception):  # a type of layer without attention has no tables
-            found.append((_cos_sin(rotary, torch.float32, call), _cos_sin(rotary, torch.bfloat16, call)))
+    for call, ids in itertools.product(calls, (positions, of_images)):
+        with contextlib.suppress(Exception):  # a type of layer without attention has no tables, text no height
+            found.append((_cos_sin(rotary, torch.float32, ids, call), _cos_sin(rotary, torch.bfloat16, ids, call)))
     return found
 
 
-def _cos_sin(rotary: nn.Module, dtype: torch.dtype, call: tuple[Any, ...]) -> Pair:
-    positions = torch.tensor([[0, 1, 2, 5, 9], [3, 11, 40, 77, 100]], device="cpu")
+def _cos_sin(rotary: nn.Module, dtype: torch.dtype, positions: Tensor, call: tuple[Any, ...]) -> Pair:
     # The class's forward runs past hooks, which would tell others of a call that the model did not make.
     forward: Any = type(rotary).forward
     cos, sin = forward(rotary, torch.zeros(2, 5, 8, dtype=dtype, device="cpu"), positions, *call)
@@ -193,10 +199,10 @@ def _make_class(kind: type[nn.Module], rotation: Rotation) -> type[nn.Module]:
     if key not in _CLASSES:
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
-            how, arguments, *rest = kind.__reduce_ex__(self, max(2, protocol))
-            if how is copyreg.__newobj__:  # type: ignore[attr-defined]
-                how, arguments = _blank, (kind, rotation)  # this class has no place where pickle could find it
-            return (how, arguments, *rest)
+            made: Any = kind.__reduce_ex__(self, max(2, protocol))
+            if made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+                made = (_blank, (kind, rotation), *made[2:])  # this class has no place where pickle could find it
+            return made
 
         name = f"Rotary{kind.__name__}"
         members = {"__module__": __name__, "__qualname__": name, "__doc__": f"{kind.__name__} with the fused rotary."}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from neox_kernels.testing import assert_within_budget, max_error
 NAME = "apply_rotary_pos_emb"
 Pair = tuple[Tensor, Tensor]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LAYOUTS = {1: "bhsd", 2: "bshd"}  # by unsqueeze_dim, which is where q and k have their heads
+_LAYOUTS: dict[int, Literal["bhsd", "bshd"]] = {
+    1: "bhsd",
+    2: "bshd",
+}  # by unsqueeze_dim, which is where q and k have their heads
 
 # ------------------------------------------------------------------------------------------------------- one rotation
 
@@ -50,44 +53,50 @@ class Rotation:
 
 
 def _fuse(rotation: Rotation, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, heads_dim: int) -> Any:
-    """q and k rotated, q alone if there is no k; None for a call that the stock function has to answer."""
-    if heads_dim not in _LAYOUTS or q.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+    """q and k rotated, q alone if there is no k; None for a call that the stock function has to answer.
+
+    At one token this takes as long as the op: hence every attribute is read once, and nothing converted without need.
+    """
+    q_shape, cos_shape, dtype, table_dtype, device = q.shape, cos.shape, q.dtype, cos.dtype, q.device
+    if heads_dim not in _LAYOUTS or len(q_shape) != 4 or len(cos_shape) != 3 or sin.shape != cos_shape:
         return None
-    batch, seqlen, head_dim, width = q.shape[0], q.shape[3 - heads_dim], q.shape[3], cos.shape[2]
+    (batch, seqlen, head_dim), (rows, positions, width) = (q_shape[0], q_shape[3 - heads_dim], q_shape[3]), cos_shape
     rotary_dim = 2 * width if rotation.tables == "nothing" else width
     if (
-        cos.shape[1] != seqlen
-        or cos.shape[0] not in (1, batch)
+        positions != seqlen
+        or (rows != 1 and rows != batch)
         or (rotation.widths and width not in rotation.widths)
         or rotary_dim % 2
         or rotary_dim > head_dim
         or (rotary_dim < head_dim and not rotation.partial)
-        or q.dtype not in _FLOATS
-        or cos.dtype not in _FLOATS
-        or sin.dtype != cos.dtype
+        or dtype not in _FLOATS
+        or table_dtype not in _FLOATS
+        or sin.dtype != table_dtype
         or cos.requires_grad
         or sin.requires_grad
-        or not q.device == cos.device == sin.device
+        or cos.device != device
+        or sin.device != device
     ):
         return None
-    if k is not None and (
-        k.dim() != 4
-        or (k.shape[0], k.shape[3 - heads_dim], k.shape[3]) != (batch, seqlen, head_dim)
-        or k.dtype != q.dtype
-        or k.device != q.device
-    ):
-        return None
+    if k is not None:
+        k_shape = k.shape
+        if len(k_shape) != 4 or (k_shape[0], k_shape[3 - heads_dim], k_shape[3]) != (batch, seqlen, head_dim):
+            return None
+        if k.dtype != dtype or k.device != device:
+            return None
 
-    dtype = torch.promote_types(q.dtype, cos.dtype) if rotation.promotes else q.dtype
-    c, s = (_one_of_each(rotation, table) for table in (cos, sin))
-    if rotation.promotes or cos.dtype != torch.float32:
-        c, s = c.to(dtype), s.to(dtype)
+    c, s = _one_of_each(rotation, cos), _one_of_each(rotation, sin)
+    if dtype != table_dtype:
+        if rotation.promotes:
+            dtype = torch.promote_types(dtype, table_dtype)
+            q, k = q.to(dtype), None if k is None else k.to(dtype)
+        if rotation.promotes or table_dtype != torch.float32:
+            c, s = c.to(dtype), s.to(dtype)
     if rotation.backwards:
         s = -s
-    options: Any = {"interleaved": rotation.interleaved, "layout": _LAYOUTS[heads_dim]}
     if k is None:
-        return apply_rotary(q.to(dtype), c, s, **options)
-    return apply_rotary_qk(q.to(dtype), k.to(dtype), c, s, **options)
+        return apply_rotary(q, c, s, interleaved=rotation.interleaved, layout=_LAYOUTS[heads_dim])
+    return apply_rotary_qk(q, k, c, s, interleaved=rotation.interleaved, layout=_LAYOUTS[heads_dim])
 
 
 def _one_of_each(rotation: Rotation, table: Tensor) -> Tensor:
