@@ -166,12 +166,20 @@ def _tables(rotary: nn.Module, layer_type: Any) -> list[tuple[Pair, Pair]]:
     if parameter is None or parameter.default is not inspect.Parameter.empty:
         calls.append(())
     positions = torch.tensor([[0, 1, 2, 5, 9], [3, 11, 40, 77, 100]], device="cpu")
-    of_images = torch.stack((positions, positions + 1, positions + 3))  # by time, height and width
+    kinds = [positions]
+    if _takes_images(rotary):
+        kinds.append(torch.stack((positions, positions + 1, positions + 3)))  # by time, height and width
     found = []
-    for call, ids in itertools.product(calls, (positions, of_images)):
-        with contextlib.suppress(Exception):  # a type of layer without attention has no tables, text no height
+    for call, ids in itertools.product(calls, kinds):
+        with contextlib.suppress(Exception):  # a type of layer without attention has no tables
             found.append((_cos_sin(rotary, torch.float32, ids, call), _cos_sin(rotary, torch.bfloat16, ids, call)))
     return found
+
+
+def _takes_images(rotary: nn.Module) -> bool:
+    config = getattr(rotary, "config", None)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return hasattr(rotary, "mrope_section") or "mrope_section" in parameters
 
 
 def _cos_sin(rotary: nn.Module, dtype: torch.dtype, positions: Tensor, call: tuple[Any, ...]) -> Pair:
