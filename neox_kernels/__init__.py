@@ -64,15 +64,19 @@ backends.fill(("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
 
 
 def swap(model: torch.nn.Module, *, attention: bool = True) -> SwapReport:
-    """Let the fused ops serve a live transformers GPT-NeoX or GPT-J model: same numbers, less time.
+    """Let the fused ops serve a live transformers model: same numbers, less time.
+
+    GPT-NeoX and GPT-J get rotary embedding and attention; other models whose attention calls a function
+    ``apply_rotary_pos_emb`` of their own file (Llama, Mistral, Qwen, Gemma, Cohere, GLM, ...) the rotary embedding,
+    where a trial on a small input, with the tables of the model's own, shows that it is the same.
 
     Attention goes by :func:`attention` where the model is configured for ``eager`` (then by the fused softmax, with
     probabilities as before) or ``sdpa`` (then by the fastest for the call), and always in GPT-J, whose activation is
     exchanged too. Whatever else the model is configured for stays.
 
     Args:
-        model: any module that holds transformers' GPT-NeoX or GPT-J attention layers; changed in place, per instance:
-            transformers itself and other models stay as they are.
+        model: any module that holds such attention layers; changed in place, per instance: transformers itself and
+            other models stay as they are.
         attention: False for the rotary embedding alone.
 
     Returns:

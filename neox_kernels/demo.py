@@ -187,7 +187,9 @@ def compare(stock: Any, scale: Scale) -> Result:
         budget=budget,
         rotary_ms=(scale.layers * one_layer[0], scale.layers * one_layer[1]),
         forward_ms=race(lambda: forward(stock), lambda: forward(swapped), scale.seconds),
-        within_policy=len(report.replaced) == scale.layers and bool(ours.isfinite().all()) and error <= budget,
+        within_policy=sum("rotary" in what for _, what in report.replaced) == scale.layers
+        and bool(ours.isfinite().all())
+        and error <= budget,
     )
 
 

@@ -17,8 +17,9 @@ import transformers
 from model_cases import VOCAB, Errors, batch
 from torch import Tensor, nn
 
+import neox_kernels
 from neox_kernels.integrations import rotary_trial
-from neox_kernels.integrations.rotary_functions import restore_rotary, stock_class, swap_rotary
+from neox_kernels.integrations.rotary_functions import stock_class
 
 # Of these a configuration takes what it has. Queries are grouped, heads small, windows and experts few.
 COMMON = {
@@ -142,10 +143,9 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 # And what is said of those that are left.
 LEFT: dict[str, tuple[dict[str, Any], str]] = {
-    "deepseek_v2": (LATENT, "no module calls apply_rotary_pos_emb"),
+    "deepseek_v2": (LATENT, "DeepseekV2Attention does not call apply_rotary_pos_emb"),
     "deepseek_v3": (LATENT, "DeepseekV3Attention calls apply_rotary_pos_emb_interleave"),
-    "gpt_neox": ({}, "no module calls apply_rotary_pos_emb"),
-    "llama4_text": ({"intermediate_size_mlp": 48}, "no module calls apply_rotary_pos_emb"),
+    "llama4_text": ({"intermediate_size_mlp": 48}, "Llama4TextAttention does not call apply_rotary_pos_emb"),
 }
 
 
@@ -193,9 +193,10 @@ def check(name: str) -> str:
     """What became of an architecture. Raises AssertionError where the swapped model is not the stock one."""
     stock = build(name)
     swapped, oracle = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    replaced, left = swap_rotary(swapped)
+    report = neox_kernels.swap(swapped)
+    replaced, left = report.replaced, report.left
     if not replaced:
-        return "left: " + ("; ".join(sorted({reason for _, reason in left})) or "no module calls apply_rotary_pos_emb")
+        return "left: " + ("; ".join(sorted({reason for _, reason in left})))
     assert list(swapped.state_dict()) == list(stock.state_dict()), "another state dict"
     inputs = [batch(seqlen=13), batch("left", seed=2, rows=2)]
     exact = [logits(oracle, one) for one in inputs]
@@ -209,7 +210,7 @@ def check(name: str) -> str:
             errors.add(f"logits in {dtype}", ours, logits(stock, one), truth)
         errors.check()
     kinds = sorted({stock_class(type(module)).__name__ for module in swapped.modules() if stock_class(type(module))})
-    restore_rotary(swapped)
+    neox_kernels.restore(swapped)
     assert kinds_of(swapped) == kinds_of(stock), "not restored"
     assert torch.equal(logits(swapped, inputs[0]), logits(stock, inputs[0])), "not the stock model after restoring"
     rest = "; ".join(sorted({reason for _, reason in left}))

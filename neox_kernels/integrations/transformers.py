@@ -1,4 +1,4 @@
-"""The swap into transformers' GPT-NeoX and GPT-J, of 4.57 and 5.x.
+"""The swap into transformers' GPT-NeoX and GPT-J, of 4.57 and 5.x, and of the rotary alone into other models.
 
 A swapped attention module has another class: a subclass of its stock one, with the stock wiring around the fused ops.
 Parameters, buffers, hooks and names stay, so the state dict, deep copies, ``isinstance`` and transformers' capture of
@@ -19,6 +19,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.gptj import modeling_gptj as gptj
 
+from neox_kernels.integrations.rotary_functions import RotaryFunctions, calls_rotary, stock_class
 from neox_kernels.integrations.transformers_attention import NAME, register
 from neox_kernels.integrations.transformers_layers import (
     FusedGPTJAttention,
@@ -80,7 +81,9 @@ def _runs(numbers: list[str]) -> str:
 def swap(model: nn.Module, *, attention: bool = True) -> SwapReport:
     """See :func:`neox_kernels.swap`."""
     report = SwapReport()
-    for name, module in list(_modules(model)):
+    modules = list(_modules(model))
+    functions = RotaryFunctions(model)
+    for name, module in modules:
         if isinstance(module, NewGELUActivation):
             continue  # with its MLP
         if type(module) is gptj.GPTJMLP:
@@ -88,14 +91,15 @@ def swap(model: nn.Module, *, attention: bool = True) -> SwapReport:
                 _exchange(module.act, FusedNewGELUActivation)
                 report.replaced.append((f"{name}.act".lstrip("."), "fused GELU"))
             continue
-        reason = _reason(module)
-        if reason is None:
-            _exchange(module, _SWAPPED[type(module)])
-            if not attention:
+        kind = _class_for(module, functions)
+        if isinstance(kind, str):
+            report.left.append((name, kind))
+        elif kind is not None:
+            _exchange(module, kind)
+            whole = attention and kind in _STOCK
+            if kind in _STOCK and not attention:
                 module.fuses_attention = False  # type: ignore[assignment]
-            report.replaced.append((name, "fused rotary and attention" if attention else "fused rotary"))
-        elif isinstance(module, tuple(_SWAPPED)) or type(module).__name__.endswith(("Attention", "FlashAttention2")):
-            report.left.append((name, reason))
+            report.replaced.append((name, "fused rotary and attention" if whole else "fused rotary"))
     return report
 
 
@@ -118,7 +122,7 @@ def swapped(model: nn.Module, *, attention: bool = True) -> Iterator[SwapReport]
 def _restore(modules: Iterable[tuple[str, nn.Module]]) -> SwapReport:
     report = SwapReport()
     for name, module in modules:
-        stock = _STOCK.get(type(module))
+        stock = _STOCK.get(type(module)) or stock_class(type(module))
         if stock is None:
             continue
         if _overridden(module):
@@ -138,14 +142,20 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return modules
 
 
-def _reason(module: nn.Module) -> str | None:
-    """Why the module must stay as it is, or None."""
+def _class_for(module: nn.Module, functions: RotaryFunctions) -> type[nn.Module] | str | None:
+    """The class that a module gets, or why it stays as it is; None where there is nothing to say of it."""
     kind = type(module)
-    if kind in _STOCK:
+    if kind in _STOCK or stock_class(kind):
         return "swapped already"
     if kind not in _SWAPPED:
         bases = [stock.__name__ for stock in _SWAPPED if issubclass(kind, stock)]
-        return f"{kind.__name__} is " + (f"a subclass of {bases[0]}" if bases else "not of GPT-NeoX or GPT-J")
+        if bases:
+            return f"{kind.__name__} is a subclass of {bases[0]}"
+        if calls_rotary(kind):
+            return functions.class_for(module)
+        if kind.__name__.endswith("Attention"):
+            return f"{kind.__name__} does not call apply_rotary_pos_emb"
+        return None
     if _overridden(module):
         return "its forward is overridden on the instance"
     if kind is gptj.GPTJAttention:
@@ -153,7 +163,7 @@ def _reason(module: nn.Module) -> str | None:
         head_dim: Any = module.head_dim
         if rotary_dim is None or rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
             return f"rotary_dim={rotary_dim} is not an even number of up to head_dim={head_dim}"
-    return None
+    return _SWAPPED[kind]
 
 
 def _overridden(module: nn.Module) -> bool:
