@@ -169,6 +169,11 @@ class Decoder(PretrainedModel):
         return embedded
 
     @property
+    def is_spread(self) -> bool:
+        """Whether :meth:`parallelize` was called."""
+        return self._devices is not None
+
+    @property
     def last_device(self) -> torch.device:
         """Where the last hidden state is."""
         parameter = next(getattr(self, self.norm_name).parameters())

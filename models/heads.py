@@ -58,9 +58,12 @@ class WithHead(PretrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def parallelize(self, device_map: Mapping[Any, Sequence[int]] | None = None) -> None:
-        """Spread the layers over devices: see :meth:`Decoder.parallelize`; the head is where the last layer is."""
+        """Spread the layers over devices: see :meth:`Decoder.parallelize`; the head is where the last layer is, or
+        where the input embedding is if that is its weight too."""
         self.decoder.parallelize(device_map)
-        getattr(self, self.head_name).to(self.decoder.last_device)
+        head = getattr(self, self.head_name)
+        if head.weight is not self.get_input_embeddings().weight:
+            head.to(self.decoder.last_device)
 
     def deparallelize(self) -> None:
         """Put everything back onto the CPU."""
@@ -115,6 +118,8 @@ class CausalLM(WithHead):
         hidden = output.last_hidden_state
         if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
+        if self.decoder.is_spread:
+            hidden = hidden.to(next(self.lm_head.parameters()).device)
         logits = logits_of(self.lm_head, hidden, self.logits_dtype)
         loss = None if labels is None else losses.language_model_loss(logits, labels)
         given = CausalLMOutput(loss, logits, output.past_key_values, output.hidden_states, output.attentions)

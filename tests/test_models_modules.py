@@ -134,6 +134,17 @@ def test_layers_on_several_devices(family: str, head: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_tied_head_stays_with_its_embedding(family: str) -> None:
+    _, ours = pair(family, tie_word_embeddings=True)
+    assert ours.lm_head.weight is ours.get_input_embeddings().weight
+    expected = ours(IDS).logits
+    ours.parallelize({"cpu": range(LAYERS)})
+    assert torch.equal(ours(IDS).logits, expected)
+    ours.parallelize({"cpu": [0], "meta": [1]})
+    assert ours.lm_head.weight is ours.get_input_embeddings().weight and ours.lm_head.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_last_token(family: str) -> None:
     theirs, ours = pair(family, "ForSequenceClassification")
