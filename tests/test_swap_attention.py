@@ -141,6 +141,28 @@ def test_packed_sequences_do_not_see_each_other(case: str) -> None:
     torch.testing.assert_close(results[0][:, 9:], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_sequences_by_their_lengths() -> None:
+    """As transformers' collators hand them to FlashAttention; positions alone say the same."""
+    stock, tokens = neox_sdpa(), text()["input_ids"][:1]
+    starts = torch.tensor([0, 9, SEQLEN], dtype=torch.int32)
+    for model in (renamed(stock), swapped_copy(renamed(stock))):
+        with torch.no_grad():
+            positions = torch.cat((torch.arange(9), torch.arange(SEQLEN - 9)))[None]
+            expected = model(tokens, position_ids=positions, use_cache=False).logits
+            lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 15, "max_length_k": 15}
+            both = model(tokens, position_ids=positions, use_cache=False, **lengths).logits
+            assert torch.equal(both, expected)
+            hidden = torch.randn(1, 3, SEQLEN, 32)
+            layer = attention_modules(model)[0]
+            call = transformers_attention.neox_kernels_attention
+            got, _ = call(layer, hidden, hidden, hidden, None, scaling=0.1, **lengths)
+            for part in (slice(0, 9), slice(9, None)):
+                alone, _ = call(layer, *[hidden[:, :, part]] * 3, None, scaling=0.1)
+                torch.testing.assert_close(got[:, part], alone)
+            with pytest.raises(ValueError, match="cu_seq_lens_q must be None behind a cache"):
+                call(layer, hidden[:, :, :4], hidden, hidden, None, scaling=0.1, **lengths)
+
+
 @each
 def test_masks_of_four_dimensions(case: str) -> None:
     models, tokens = trio(case), text()["input_ids"]

@@ -27,6 +27,8 @@ _REFUSED = ("softcap", "s_aux", "position_bias", "cache")
 
 # The mask that was read last, what it was read for, and what it says: layers share a mask.
 _last: tuple[Tensor, tuple[int, ...], tuple[PreparedAttention, int]] | None = None
+# The same of packed sequences: where they begin, and the mask.
+_last_packed: tuple[Tensor, Tensor] | None = None
 
 
 def attend(
@@ -108,6 +110,9 @@ def neox_kernels_attention(
     for name in _REFUSED:
         if options.get(name) is not None:
             raise ValueError(f"{name} must be None: attention by {NAME!r} does not serve it")
+    cu_seqlens = options.get("cu_seq_lens_q")
+    if cu_seqlens is not None and attention_mask is None:  # else position_ids told the sequences apart already
+        attention_mask = _packed(cu_seqlens, query.shape[2], key.shape[2])
     return attend(
         module,
         query,
@@ -141,6 +146,22 @@ def neox_kernels_mask(**given: Any) -> Tensor | None:
         return torch.ones(given["batch_size"], kv_length, dtype=torch.bool, device=given.get("device", "cpu"))
     mask: Tensor | None = masking_utils.sdpa_mask(**{**given, "allow_is_causal_skip": False})
     return mask
+
+
+def _packed(cu_seqlens: Tensor, q_len: int, k_len: int) -> Tensor:
+    """(1, 1, q_len, k_len), bool, for sequences one behind the other, which do not see each other."""
+    global _last_packed
+    if q_len != k_len:
+        raise ValueError(f"cu_seq_lens_q must be None behind a cache: {q_len} queries, {k_len} keys")
+    last = _last_packed
+    if last is None or last[0] is not cu_seqlens or last[1].shape[-1] != k_len or torch.compiler.is_compiling():
+        places = torch.arange(k_len, device=cu_seqlens.device)
+        sequence = torch.searchsorted(cu_seqlens, places, right=True, out_int32=True)
+        mask = (sequence[:, None] == sequence) & (places[:, None] >= places)
+        last = cu_seqlens, mask[None, None]
+        if not torch.compiler.is_compiling():
+            _last_packed = last
+    return last[1]
 
 
 def _read(mask: Tensor | None, batch: int, q_len: int, k_len: int, causal: bool) -> tuple[PreparedAttention, int]:

@@ -56,7 +56,7 @@ class FusedGPTNeoXAttention(gpt_neox.GPTNeoXAttention):
             kwargs.pop(name, None)
         dropout = self.attention_dropout if self.training else 0.0
         asked = self.config._attn_implementation
-        if self.fuses_attention and asked in ("eager", "sdpa", NAME):
+        if self.fuses_attention and asked in ("eager", "sdpa"):
             # As in stock, eager has probabilities for whoever looks.
             attended, probabilities = attend(
                 self,
@@ -71,8 +71,9 @@ class FusedGPTNeoXAttention(gpt_neox.GPTNeoXAttention):
                 head_mask=kwargs.get("head_mask"),
             )
         else:
-            function = _attention_function(asked)
-            attended, probabilities = function(
+            if asked == NAME:
+                kwargs["output_attentions"] = give
+            attended, probabilities = _attention_function(asked)(
                 self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
             )
         return self.dense(attended.reshape(*batch_seqlen, -1).contiguous()), probabilities
