@@ -90,11 +90,27 @@ def forward(case: ModelCase, compiled: bool, *, attentions: bool) -> dict[str, C
     if case.model.startswith("pythia") and not attentions:  # GPT-J has no other there; sdpa gives no probabilities
         calls["transformers sdpa"] = lambda: stock("sdpa")
     calls["neox_kernels"] = fused
+    calls["its matrix products alone"] = products(case)
     if compiled:
         theirs.set_attn_implementation("eager")
         fast = torch.compile(theirs, dynamic=False)
         calls["transformers compiled"] = lambda: fast(tokens, output_attentions=attentions, use_cache=False).logits
     return calls
+
+
+def products(case: ModelCase) -> Call:
+    """The limit: the multiplications of every linear layer, into memory that is there, and nothing between them."""
+    _, ours = pair(case.model, case.dtype, case.device)
+    weights = [module.weight.T for module in ours.modules() if isinstance(module, torch.nn.Linear)]
+    tokens, options = case.batch * case.seqlen, {"dtype": case.dtype, "device": case.device}
+    inputs = {width: torch.randn(tokens, width, **options) for width in {x.shape[0] for x in weights}}
+    outputs = {width: torch.empty(tokens, width, **options) for width in {x.shape[1] for x in weights}}
+
+    def call() -> None:
+        for weight in weights:
+            torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
+
+    return call
 
 
 def check(case: ModelCase, fused: Call, eager: Call) -> None:

@@ -132,12 +132,12 @@ def test_demo_json() -> None:
 
 def test_demo_fails_on_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from neox_kernels.integrations import transformers as integration
+    from neox_kernels.integrations import transformers_layers
 
     def wrong(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return neox_kernels.apply_rotary_qk(q, k, cos, -sin, **options)
 
-    monkeypatch.setattr(integration, "apply_rotary_qk", wrong)
+    monkeypatch.setattr(transformers_layers, "apply_rotary_qk", wrong)
     done = run(*TINY)
     assert done.exit_code == 1
     assert "BROKEN" in done.stdout
