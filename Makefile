@@ -29,7 +29,7 @@ lint: build
 	else echo "torch-abi-audit: nothing to look at, no compiled library was built here"; fi
 
 bench: build
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/neox-kernels bench $(ARGS)
 
 build: .venv/.built
 

@@ -1,1 +1,2 @@
-"""Benchmarks of the ops and models against others' code: installed as neox_kernels.bench, run by ``neox-kernels bench``."""
+"""Benchmarks of the ops and models against others' code: installed as neox_kernels.bench, ``neox-kernels bench`` runs
+them."""

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from harness import Call
+
+from neox_kernels.bench.harness import Call
 
 DEVICE = "cuda"
 LEAST_FLUSH = 64 << 20  # bytes
@@ -20,6 +21,7 @@ def describe() -> dict[str, object]:
     """The device, for the record of a run."""
     properties = torch.cuda.get_device_properties(DEVICE)
     return {
+        "device": "cuda",
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
@@ -58,7 +60,8 @@ class CudaSampler:
             call()
             end.record()
         torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3  # events count milliseconds
+        milliseconds = statistics.median(start.elapsed_time(end) for start, end in pairs)
+        return float(milliseconds) / 1e3
 
 
 def _host_seconds(call: Call) -> float:

@@ -1,11 +1,9 @@
-"""What the model benchmarks run: whole forwards of known shapes with random weights, against transformers' models."""
+"""Whole forwards of language models with random weights, against transformers' models with the same weights."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +11,9 @@ import transformers
 from torch import Tensor
 
 from neox_kernels import models
+from neox_kernels.bench.case import Absent, Case, Family, Work
+from neox_kernels.bench.harness import Call
 from neox_kernels.testing import error_budget, max_error
-
-OP = "apply_rotary_qk"  # whose backend the report names
-LENGTHS = ((1, 512), (4, 512))
-DTYPES = (torch.float32, torch.bfloat16)
-BASELINE = "transformers eager"
-Call = Callable[[], object]
-PEERS: dict[str, Any] = {}
 
 CONFIGS: dict[str, Any] = {
     "pythia-70m": transformers.GPTNeoXConfig(
@@ -33,31 +26,6 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class ModelCase:
-    """A forward of a language model over a batch without padding: "logits" alone, or "attentions" too."""
-
-    kind: str  # a key of CONTENDERS
-    model: str  # a key of CONFIGS
-    batch: int
-    seqlen: int
-    dtype: torch.dtype
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
-
-    @property
-    def bytes(self) -> int:
-        """Of the weights, each read once."""
-        return sum(x.numel() for x in pair(self.model, self.dtype, self.device)[1].parameters()) * self.dtype.itemsize
-
-
-def cases(device: str = "cpu") -> Iterator[ModelCase]:
-    for model, dtype, lengths, kind in itertools.product(CONFIGS, DTYPES, LENGTHS, CONTENDERS):
-        yield ModelCase(kind, model, *lengths, dtype, device)
-
-
 @functools.lru_cache(maxsize=1)
 def pair(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """transformers' model and ours, which share their weights."""
@@ -67,72 +35,103 @@ def pair(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     return theirs, kind.from_transformers(theirs).eval()
 
 
-def tokens_of(case: ModelCase) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(50000, (case.batch, case.seqlen), generator=generator).to(case.device)
-
-
-def forward(case: ModelCase, compiled: bool, *, attentions: bool) -> dict[str, Call]:
-    theirs, ours = pair(case.model, case.dtype, case.device)
-    tokens = tokens_of(case)
-
-    def stock(implementation: str) -> Tensor:
-        theirs.set_attn_implementation(implementation)
-        logits: Tensor = theirs(tokens, output_attentions=attentions, use_cache=False).logits
-        return logits
-
-    def fused() -> Tensor:
-        logits: Tensor = ours(tokens, output_attentions=attentions, use_cache=False).logits
-        return logits
-
-    check(case, fused, lambda: stock("eager"))
-    calls: dict[str, Call] = {BASELINE: lambda: stock("eager")}
-    if case.model.startswith("pythia") and not attentions:  # GPT-J has no other there; sdpa gives no probabilities
-        calls["transformers sdpa"] = lambda: stock("sdpa")
-    calls["neox_kernels"] = fused
-    calls["its matrix products alone"] = products(case)
-    if compiled:
-        theirs.set_attn_implementation("eager")
-        fast = torch.compile(theirs, dynamic=False)
-        calls["transformers compiled"] = lambda: fast(tokens, output_attentions=attentions, use_cache=False).logits
-    return calls
-
-
-def products(case: ModelCase) -> Call:
-    """The limit: the multiplications of every linear layer, into memory that is there, and nothing between them."""
-    _, ours = pair(case.model, case.dtype, case.device)
-    weights = [module.weight.T for module in ours.modules() if isinstance(module, torch.nn.Linear)]
-    tokens, options = case.batch * case.seqlen, {"dtype": case.dtype, "device": case.device}
-    inputs = {width: torch.randn(tokens, width, **options) for width in {x.shape[0] for x in weights}}
-    outputs = {width: torch.empty(tokens, width, **options) for width in {x.shape[1] for x in weights}}
-
-    def call() -> None:
-        for weight in weights:
-            torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
-
-    return call
-
-
-def check(case: ModelCase, fused: Call, eager: Call) -> None:
-    """The numbers policy: against a float64 run, at most twice the error of transformers' own in the same dtype."""
-    same, got = eager(), fused()
-    assert isinstance(same, Tensor) and isinstance(got, Tensor)
-    same, got = same[:1], got[:1]  # float64 of the whole batch would take too much memory
-    theirs, _ = pair(case.model, case.dtype, case.device)
+@functools.lru_cache(maxsize=1)
+def exact_logits(case: Case) -> Tensor:
+    """Of the first sequence, by transformers' eager code in float64."""
+    theirs, _ = pair(case.shape, case.dtype, case.device)
     exact = type(theirs)(theirs.config).double()
     exact.load_state_dict({name: x.double() for name, x in theirs.state_dict().items()})
-    truth = exact.eval().to(case.device)(tokens_of(case)[:1]).logits
-    error, budget = max_error(got.to(same.dtype), truth), error_budget(same, truth)
-    if not error <= budget:
-        raise AssertionError(f"{case}: error {error:.3g}, above the budget of {budget:.3g}")
+    exact.set_attn_implementation("eager")
+    logits: Tensor = exact.eval().to(case.device)(tokens_of(case)[:1]).logits
+    return logits
 
 
-CONTENDERS = {
-    "logits": functools.partial(forward, attentions=False),
-    "attentions": functools.partial(forward, attentions=True),
-}
+def tokens_of(case: Case) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(50000, case.size[:2], generator=generator).to(case.device)
 
 
-def contenders(case: ModelCase, *, compiled: bool = False) -> dict[str, Call]:
-    """By name; BASELINE is what the others are compared with. The logits of the first sequence are checked first."""
-    return CONTENDERS[case.kind](case, compiled)
+class Logits(Work):
+    """A batch without padding."""
+
+    signature = "function(tokens, *, model) -> logits; (batch, seqlen) int64; model: transformers' with the weights"
+    attentions = False
+
+    def __init__(self, case: Case, shape: Any) -> None:
+        super().__init__(case, shape)
+        self.theirs, self.model = pair(case.shape, case.dtype, case.device)
+        self.args, self.options = (tokens_of(case),), {"model": self.theirs}
+        self.bytes = sum(x.numel() for x in self.model.parameters()) * case.dtype.itemsize  # each read once
+        self.linears = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
+        self.flops = 2 * case.size[0] * case.size[1] * sum(linear.weight.numel() for linear in self.linears)
+
+    def ours(self) -> Call:
+        options = {"output_attentions": self.attentions, "use_cache": False}
+        return self.call_of(lambda tokens, model: self.model(tokens, **options).logits)
+
+    def peers(self) -> dict[str, Callable[[], Call]]:
+        return {
+            "transformers": lambda: self._transformers("eager"),
+            "sdpa": lambda: self._transformers("sdpa"),
+            "compile": self._compiled,
+        }
+
+    def limits(self) -> dict[str, Call]:
+        """The products of every linear layer, and nothing between them."""
+        weights = [linear.weight.T for linear in self.linears]
+        tokens = self.case.size[0] * self.case.size[1]
+        options: dict[str, Any] = {"dtype": self.case.dtype, "device": self.case.device}
+        inputs = {width: torch.randn(tokens, width, **options) for width in {x.shape[0] for x in weights}}
+        outputs = {width: torch.empty(tokens, width, **options) for width in {x.shape[1] for x in weights}}
+
+        def call() -> None:
+            for weight in weights:
+                torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
+
+        return {"matrix products": call}
+
+    def _transformers(self, implementation: str) -> Call:
+        if implementation == "sdpa" and (self.attentions or not self.theirs._supports_sdpa):
+            raise Absent("transformers has no sdpa " + ("with probabilities" if self.attentions else "for this model"))
+        options = {"output_attentions": self.attentions, "use_cache": False}
+
+        def call(tokens: Tensor, model: Any) -> Tensor:
+            model.set_attn_implementation(implementation)
+            logits: Tensor = model(tokens, **options).logits
+            return logits
+
+        return self.call_of(call)
+
+    def _compiled(self) -> Call:
+        """transformers' model by torch.compile, with its own choice of attention."""
+        fast = torch.compile(self.theirs, dynamic=False)
+        options = {"output_attentions": self.attentions, "use_cache": False}
+        self.theirs.set_attn_implementation("sdpa" if self.theirs._supports_sdpa and not self.attentions else "eager")
+        return self.call_of(lambda tokens, model: fast(tokens, **options).logits)
+
+    def check(self, result: Any) -> None:
+        """The numbers policy on the first sequence: at most twice the error of transformers' eager code."""
+        same = self._transformers("eager")()
+        assert isinstance(same, Tensor)
+        truth, same = exact_logits(self.case), same[:1]
+        error, budget = max_error(result[:1].to(same.dtype), truth), error_budget(same, truth)
+        if not error <= budget:
+            raise AssertionError(f"{self.case}: error {error:.3g}, above the budget of {budget:.3g}")
+
+
+class Attentions(Logits):
+    """With the attention probabilities of every layer."""
+
+    attentions = True
+
+
+FAMILY = Family(
+    name="models",
+    op="apply_rotary_qk",
+    works={"logits": Logits, "attentions": Attentions},
+    shapes=CONFIGS,
+    sizes=dict.fromkeys(("logits", "attentions"), ((1, 128), (1, 512), (4, 512))),
+    eager="transformers",
+    quick=lambda case: case.shape != "pythia-160m" and case.kind == "logits" and case.size == (1, 512),
+    rounds=5,
+)

@@ -105,6 +105,7 @@ class Record:
     """A whole run.
 
     complete: False where it was interrupted: the cases until then are there.
+    wrong: what was not timed since its numbers are wrong, ours or a user's own: the reasons.
     machine: "device" (cpu or cuda), "name", "threads", "clock", "cpu_isa" and what else is known of it.
     versions: by distribution; None where it is not installed.
     """
@@ -115,6 +116,7 @@ class Record:
     machine: dict[str, Any]
     versions: dict[str, str | None]
     cases: list[CaseRecord] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
     complete: bool = False
 

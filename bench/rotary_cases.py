@@ -1,225 +1,263 @@
-"""What the rotary benchmarks run: shapes of known models, and the contenders of each, checked before they are timed."""
+"""Rotary embedding of q and k: one layer of known models."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neox_kernels import apply_rotary, apply_rotary_kv_append, apply_rotary_qk, rotary_tables
+from neox_kernels.bench.case import MEMCPY, Absent, Case, Family, Work, compile_for_shape, needs_gpu
+from neox_kernels.bench.harness import Call
 from neox_kernels.reference import apply_rotary_qk as oracle
-from neox_kernels.testing import ROTARY_SHAPES, RotaryShape, assert_within_budget, packed_qkv, to_float64
+from neox_kernels.testing import (
+    ROTARY_SHAPES,
+    RotaryShape,
+    assert_within_budget,
+    eager_rotary,
+    packed_qkv,
+    to_float64,
+)
 
-LENGTHS = ((1, 1), (8, 1), (1, 128), (4, 512), (1, 2048))
-GPU_LENGTHS = (*LENGTHS, (8, 2048))
-DTYPES = (torch.float32, torch.bfloat16)
-OP = "apply_rotary_qk"  # whose backend the report names
-BASELINE = "transformers eager"
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class RotaryCase:
-    """One model's rotary over a batch: what one layer does per forward."""
-
-    kind: str  # a key of CONTENDERS
-    shape: RotaryShape
-    batch: int
-    seqlen: int
-    dtype: torch.dtype
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.shape.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
-
-    @property
-    def model(self) -> str:
-        return self.shape.model
-
-    @property
-    def bytes(self) -> int:
-        """Of q and k, read once and written once."""
-        return 4 * self.batch * self.seqlen * self.shape.nheads * self.shape.head_dim * self.dtype.itemsize
+Pair = tuple[Tensor, Tensor]
 
 
-def cases(device: str = "cpu") -> Iterator[RotaryCase]:
-    lengths = LENGTHS if device == "cpu" else GPU_LENGTHS
-    for kind, shape, (batch, seqlen), dtype in itertools.product(CONTENDERS, ROTARY_SHAPES, lengths, DTYPES):
-        if kind == "forward" or (kind == "append" and seqlen == 1) or (kind == "training" and seqlen == 512):
-            yield RotaryCase(kind, shape, batch, seqlen, dtype, device)
+class Forward(Work):
+    """q and k of one layer, no gradient. GPT-NeoX's are slices of a packed projection, GPT-J's lie on their own."""
 
+    signature = """function(q, k, cos, sin, *, interleaved) -> (q, k)
+    q, k: (batch, seqlen, nheads, head_dim), with strides; positions from 0
+    cos, sin: (2048, rotary_dim / 2), float32; interleaved: pairs of neighbours, as GPT-J, else of halves"""
 
-class Inputs:
-    """q, k and v of one layer as its model's code holds them, and the model's own rotary of q and k."""
-
-    def __init__(self, case: RotaryCase) -> None:
-        shape, self.seqlen = case.shape, case.seqlen
-        q, k, v = packed_qkv(case.batch, case.seqlen, shape.nheads, shape.head_dim, case.dtype, device=case.device)
-        if shape.interleaved:  # GPT-J projects q, k and v on their own
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        self.q, self.k, self.v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, nheads, seqlen, head_dim)
+    def __init__(self, case: Case, shape: RotaryShape) -> None:
+        super().__init__(case, shape)
+        batch, self.seqlen = case.size
+        tensors = packed_qkv(batch, self.seqlen, shape.nheads, shape.head_dim, case.dtype, device=case.device)
+        if shape.interleaved:
+            tensors = tuple(x.contiguous() for x in tensors)  # type: ignore[assignment]
+        self.q, self.k, self.v = tensors
         self.cos, self.sin = rotary_tables(shape.rotary_dim, 2048, device=case.device)
-        self.interleaved = shape.interleaved
-        self.position_ids = torch.arange(case.seqlen, device=case.device)[None].expand(case.batch, -1).contiguous()
-        self.gpt_j_table = torch.cat((self.sin, self.cos), dim=-1)
-        wide = (torch.cat((t, t), dim=-1)[None, : case.seqlen].to(case.dtype) for t in (self.cos, self.sin))
-        self.wide_cos, self.wide_sin = wide
+        self.args = self.q, self.k, self.cos, self.sin
+        self.options = {"interleaved": shape.interleaved}
+        self.bytes = 2 * (self.q.nbytes + self.k.nbytes)  # read once and written once
 
-    def eager_args(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
-        if self.interleaved:
-            tokens_first = self.q.transpose(1, 2), self.k.transpose(1, 2)
-            return _gpt_j, (*tokens_first, self.gpt_j_table, self.position_ids)
-        return _gpt_neox, (self.q, self.k, self.wide_cos, self.wide_sin)
+    def ours(self) -> Call:
+        return self.call_of(apply_rotary_qk)
 
-    def eager(self) -> tuple[Tensor, Tensor]:
-        function, args = self.eager_args()
-        return function(*args)
+    def variants(self) -> dict[str, Call]:
+        spare = self.q.clone(), self.k.clone(), self.cos, self.sin
+        one_by_one = [(x, self.cos, self.sin) for x in (self.q, self.k)]
+        return {
+            "neox_kernels, in place": lambda: apply_rotary_qk(*spare, inplace=True, **self.options),
+            "neox_kernels, q then k": lambda: [apply_rotary(*args, **self.options) for args in one_by_one],
+        }
 
-    def fused(self) -> tuple[Tensor, Tensor]:
-        return apply_rotary_qk(self.q, self.k, self.cos, self.sin, interleaved=self.interleaved, layout="bhsd")
+    def peers(self) -> dict[str, Callable[[], Call]]:
+        return {
+            "transformers": self._transformers,
+            "compile": lambda: self._transformers(compile_for_shape),
+            "flash-attn": self._flash_attn,
+            "liger": self._liger,
+        }
 
-    def check(self, results: tuple[Tensor, Tensor], case: RotaryCase) -> None:
-        inputs = to_float64((self.q.detach(), self.k.detach(), self.cos, self.sin))
-        truth = oracle(*inputs, interleaved=self.interleaved, layout="bhsd")
-        for actual, same_dtype, exact in zip(results, self.eager(), truth, strict=True):
-            assert_within_budget(actual, same_dtype, exact, str(case))
+    def limits(self) -> dict[str, Call]:
+        flat = self.q.detach().contiguous(), self.k.detach().contiguous()
+        there = tuple(torch.empty_like(x) for x in flat)
+        return {
+            MEMCPY: lambda: [target.copy_(x) for target, x in zip(there, flat, strict=True)],
+            "memcpy to fresh memory": lambda: [x.clone() for x in flat],
+        }
+
+    def check(self, result: Any) -> None:
+        args = self.q.detach(), self.k.detach(), self.cos, self.sin
+        truth = oracle(*to_float64(args), **self.options)
+        for x, actual, exact in zip(args[:2], result, truth, strict=True):
+            assert_within_budget(actual, self.eager(x), exact, str(self.case))
+
+    def eager(self, x: Tensor) -> Tensor:
+        """What the budget is measured by."""
+        cos, sin = (table[None, : self.seqlen] for table in (self.cos, self.sin))
+        return eager_rotary(x, cos, sin, self.shape.interleaved)
+
+    def _transformers(self, prepare: Callable[[Any], Any] = lambda function: function, first: int = 0) -> Call:
+        """transformers' own code, from what its model holds: heads first, and the tables of a forward at hand."""
+        if self.shape.interleaved:
+            position_ids = torch.arange(first, first + self.seqlen, device=self.case.device)[None]
+            position_ids = position_ids.expand(self.case.size[0], -1).contiguous()
+            table = torch.cat((self.sin, self.cos), dim=-1)
+            gpt_j = prepare(_gpt_j())
+            return self.call_of(lambda q, k, cos, sin, interleaved: gpt_j(q, k, table, position_ids))
+        from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+        cos, sin = self._wide_tables(first)
+        turn = prepare(apply_rotary_pos_emb)
+
+        def call(q: Tensor, k: Tensor, *_: Any, **__: Any) -> Pair:
+            q, k = turn(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+            return q.transpose(1, 2), k.transpose(1, 2)
+
+        return self.call_of(call)
+
+    def _wide_tables(self, first: int = 0) -> Pair:
+        """cos and sin of every column, in the dtype of the activations: (1, seqlen, rotary_dim)."""
+        rows = slice(first, first + self.seqlen)
+        cos, sin = (torch.cat((t, t), dim=-1)[None, rows].to(self.case.dtype) for t in (self.cos, self.sin))
+        return cos, sin
+
+    def _flash_attn(self) -> Call:
+        """flash-attn's Triton rotary, q and then k."""
+        needs_gpu(self.case, "flash-attn's rotary (Triton)")
+        from flash_attn.layers.rotary import apply_rotary_emb
+
+        cos, sin = (table[: self.seqlen].to(self.case.dtype) for table in (self.cos, self.sin))
+
+        def call(q: Tensor, k: Tensor, *_: Any, interleaved: bool) -> list[Tensor]:
+            return [apply_rotary_emb(x, cos, sin, interleaved=interleaved) for x in (q, k)]
+
+        return self.call_of(call)
+
+    def _liger(self) -> Call:
+        """Liger's rotary, which turns whole heads: of a part of them, a slice, and the rest is joined on."""
+        if self.shape.interleaved:
+            raise Absent("Liger's rotary pairs halves only")
+        needs_gpu(self.case, "Liger's rotary (Triton)")
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        rotary_dim, (cos, sin) = self.shape.rotary_dim, self._wide_tables()
+
+        def call(q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+            heads = [x.transpose(1, 2) for x in (q, k)]
+            turned = liger_rotary_pos_emb(*(x[..., :rotary_dim] for x in heads), cos, sin)
+            both = zip(turned, heads, strict=True)
+            return [torch.cat((y, x[..., rotary_dim:]), -1).transpose(1, 2) for y, x in both]
+
+        return self.call_of(call)
 
 
-def _gpt_neox(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers' own function; cos and sin as its model passes them: full width, in the dtype of the activations."""
-    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
-
-    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
-    return rotated
-
-
-def _gpt_j(q: Tensor, k: Tensor, table: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What transformers' GPT-J does around its function: gather, split, rotate, concatenate, permute."""
+def _gpt_j() -> Callable[..., Pair]:
+    """What transformers' GPT-J does around its function: gather, split, rotate, concatenate."""
     from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
-    rows = table.repeat(position_ids.shape[0], 1, 1)
-    index = position_ids.unsqueeze(-1).repeat(1, 1, rows.shape[-1])
-    sin, cos = torch.gather(rows, 1, index).to(k.dtype).chunk(2, dim=-1)
-    rotary_dim = table.shape[-1]
-    out = []
-    for x in (q, k):
-        turned = apply_rotary_pos_emb(x[..., :rotary_dim], sin, cos)
-        out.append(torch.cat([turned, x[..., rotary_dim:]], dim=-1).permute(0, 2, 1, 3))
-    return out[0], out[1]
+    def call(q: Tensor, k: Tensor, table: Tensor, position_ids: Tensor) -> Pair:
+        rows = table.repeat(position_ids.shape[0], 1, 1)
+        index = position_ids.unsqueeze(-1).repeat(1, 1, rows.shape[-1])
+        sin, cos = torch.gather(rows, 1, index).to(k.dtype).chunk(2, dim=-1)
+        rotary_dim = table.shape[-1]
+        out = []
+        for x in (q, k):
+            turned = apply_rotary_pos_emb(x[..., :rotary_dim], sin, cos)
+            out.append(torch.cat([turned, x[..., rotary_dim:]], dim=-1))
+        return out[0], out[1]
+
+    return call
 
 
-def forward(case: RotaryCase, compiled: bool) -> dict[str, Call]:
-    """q and k of one layer, no gradient."""
-    inputs = Inputs(case)
-    inputs.check(inputs.fused(), case)
-    spare_q, spare_k = inputs.q.clone(), inputs.k.clone()
-    flat_q, flat_k = inputs.q.contiguous(), inputs.k.contiguous()
-    target_q, target_k = torch.empty_like(flat_q), torch.empty_like(flat_k)
-    args = {"interleaved": inputs.interleaved, "layout": "bhsd"}
-    cos, sin = inputs.cos, inputs.sin
-    calls: dict[str, Call] = {
-        BASELINE: inputs.eager,
-        "neox_kernels": inputs.fused,
-        "neox_kernels, q then k": lambda: [apply_rotary(x, cos, sin, **args) for x in (inputs.q, inputs.k)],
-        "neox_kernels in place": lambda: apply_rotary_qk(spare_q, spare_k, cos, sin, inplace=True, **args),
-        "memcpy to fresh memory": lambda: (flat_q.clone(), flat_k.clone()),
-        "memcpy": lambda: (target_q.copy_(flat_q), target_k.copy_(flat_k)),
-    }
-    if compiled:
-        function, eager_args = inputs.eager_args()
-        fast = torch.compile(function, dynamic=False)
-        calls["transformers compiled"] = lambda: fast(*eager_args)
-    return calls
-
-
-def append(case: RotaryCase, compiled: bool) -> dict[str, Call]:
-    """A decode step: q and k rotated, k and v written behind the 511 tokens of a cache of 1024."""
-    inputs = Inputs(case)
-    inputs.check(inputs.fused(), case)
-    batch, nheads, _, head_dim = inputs.k.shape
-    caches = [torch.zeros(batch, nheads, 1024, head_dim, dtype=case.dtype, device=case.device) for _ in range(2)]
-    cache_seqlens = torch.full((batch,), 511, dtype=torch.int32, device=case.device)
-    row = torch.tensor([511], device=case.device)
-
-    def eager() -> object:
-        q, k = inputs.eager()
-        for cache, new in zip(caches, (k, inputs.v), strict=True):
-            cache.index_copy_(2, row, new)  # as transformers' static cache writes
-        return q
-
-    def fused() -> object:
-        return apply_rotary_kv_append(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            inputs.cos,
-            inputs.sin,
-            *caches,
-            cache_seqlens,
-            interleaved=inputs.interleaved,
-            layout="bhsd",
-        )
-
-    return {BASELINE: eager, "neox_kernels": fused}
-
-
-def training(case: RotaryCase, compiled: bool) -> dict[str, Call]:
+class Training(Forward):
     """Forward and backward of q and k."""
-    inputs = Inputs(case)
-    inputs.q, inputs.k = inputs.q.detach().requires_grad_(), inputs.k.detach().requires_grad_()
-    grads = torch.randn_like(inputs.q), torch.randn_like(inputs.k)
 
-    def step(call: Callable[[], tuple[Tensor, Tensor]]) -> object:
-        with torch.enable_grad():
-            return torch.autograd.grad(call(), (inputs.q, inputs.k), grads)
+    def __init__(self, case: Case, shape: RotaryShape) -> None:
+        super().__init__(case, shape)
+        self.q, self.k = (x.detach().requires_grad_() for x in (self.q, self.k))
+        self.args = self.q, self.k, self.cos, self.sin
+        generator = torch.Generator(case.device).manual_seed(1)
+        normal: dict[str, Any] = {"generator": generator, "device": case.device}
+        self.grads = [torch.randn(x.shape, **normal).to(case.dtype) for x in (self.q, self.k)]
+        self.bytes *= 2
 
-    inputs.check(inputs.fused(), case)
-    return {BASELINE: lambda: step(inputs.eager), "neox_kernels": lambda: step(inputs.fused)}
+    def call_of(self, function: Callable[..., Any]) -> Call:
+        forward = super().call_of(function)
 
+        def call() -> object:
+            with torch.enable_grad():
+                return torch.autograd.grad(forward(), (self.q, self.k), self.grads)
 
-def flash_attn(case: RotaryCase) -> Call:
-    """flash-attn's Triton rotary, q and then k."""
-    from flash_attn.layers.rotary import apply_rotary_emb
+        return call
 
-    inputs = Inputs(case)
-    cos, sin = (table[: case.seqlen].to(case.dtype) for table in (inputs.cos, inputs.sin))
+    def variants(self) -> dict[str, Call]:
+        return {}
 
-    def call() -> tuple[Tensor, Tensor]:
-        q, k = (
-            apply_rotary_emb(x.transpose(1, 2), cos, sin, interleaved=inputs.interleaved).transpose(1, 2)
-            for x in (inputs.q, inputs.k)
-        )
-        return q, k
+    def limits(self) -> dict[str, Call]:
+        once = super().limits()[MEMCPY]
+        return {MEMCPY: lambda: (once(), once())}
 
-    inputs.check(call(), case)
-    return call
-
-
-def liger(case: RotaryCase) -> Call:
-    """Liger's rotary, which turns whole heads: of a part of them, a slice, and the rest is joined on."""
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
-    inputs, rotary_dim = Inputs(case), case.shape.rotary_dim
-    if inputs.interleaved:
-        raise NotImplementedError("Liger pairs halves only")
-
-    def call() -> tuple[Tensor, Tensor]:
-        parts = (x[..., :rotary_dim] for x in (inputs.q, inputs.k))
-        turned = liger_rotary_pos_emb(*parts, inputs.wide_cos, inputs.wide_sin)
-        q, k = (torch.cat((y, x[..., rotary_dim:]), -1) for y, x in zip(turned, (inputs.q, inputs.k), strict=True))
-        return q, k
-
-    inputs.check(call(), case)
-    return call
+    def check(self, result: Any) -> None:
+        """The gradient of a rotation is the rotation back, which the reference knows."""
+        grad_q, grad_k, cos, sin = to_float64((*self.grads, self.cos, -self.sin))
+        truth = oracle(grad_q, grad_k, cos, sin, **self.options)
+        for x, grad, actual, exact in zip((self.q, self.k), self.grads, result, truth, strict=True):
+            with torch.enable_grad():
+                same = torch.autograd.grad(self.eager(x), x, grad)[0]
+            assert_within_budget(actual, same, exact, str(self.case))
 
 
-PEERS = {"forward": {"flash-attn": flash_attn, "Liger": liger}}
-CONTENDERS = {"forward": forward, "append": append, "training": training}
+class Append(Forward):
+    """A step of decoding: q and k rotated, k and v written behind the 511 tokens of a cache of 1024."""
+
+    signature = ""
+
+    def __init__(self, case: Case, shape: RotaryShape) -> None:
+        super().__init__(case, shape)
+        room = case.size[0], 1024, shape.nheads, shape.head_dim
+        self.caches = [torch.zeros(room, dtype=case.dtype, device=case.device) for _ in range(2)]
+        self.filled = torch.full((case.size[0],), 511, dtype=torch.int32, device=case.device)
+        self.bytes += 2 * self.v.nbytes
+
+    def ours(self) -> Call:
+        tensors = self.q, self.k, self.v, self.cos, self.sin, *self.caches, self.filled
+
+        def call() -> list[Tensor]:
+            q = apply_rotary_kv_append(*tensors, **self.options)
+            return [q, *(cache[:, 511:512] for cache in self.caches)]
+
+        return call
+
+    def variants(self) -> dict[str, Call]:
+        return {}
+
+    def peers(self) -> dict[str, Callable[[], Call]]:
+        return {"transformers": self._static_cache}
+
+    def limits(self) -> dict[str, Call]:
+        return {}
+
+    def check(self, result: Any) -> None:
+        q, k, v = result
+        cos, sin = (table[511:512] for table in (self.cos, self.sin))
+        truth = oracle(*to_float64((self.q, self.k, cos, sin)), **self.options)
+        for x, actual, exact in zip((self.q, self.k), (q, k), truth, strict=True):
+            same = eager_rotary(x, cos[None], sin[None], self.shape.interleaved)
+            assert_within_budget(actual, same, exact, str(self.case))
+        if not torch.equal(v, self.v):
+            raise AssertionError(f"{self.case}: v was not copied")
+
+    def _static_cache(self) -> Call:
+        """transformers' rotary, and its static cache's way of writing, heads first."""
+        batch, room, nheads, head_dim = self.caches[0].shape
+        caches = [self.caches[0].new_zeros(batch, nheads, room, head_dim) for _ in range(2)]
+        row = torch.tensor([511], device=self.case.device)
+        rotate = self._transformers(first=511)
+
+        def call() -> list[Tensor]:
+            q, k = rotate()
+            for cache, new in zip(caches, (k, self.v), strict=True):
+                cache.index_copy_(2, row, new.transpose(1, 2))
+            return [q, *(cache[:, :, 511:512].transpose(1, 2) for cache in caches)]
+
+        return call
 
 
-def contenders(case: RotaryCase, *, compiled: bool = False) -> dict[str, Call]:
-    """By name; BASELINE is what the others are compared with. Results are checked against the float64 oracle first."""
-    return CONTENDERS[case.kind](case, compiled)
+SIZES = ((1, 1), (8, 1), (1, 128), (1, 512), (4, 512), (1, 2048))
+FAMILY = Family(
+    name="rotary",
+    op="apply_rotary_qk",
+    works={"forward": Forward, "append": Append, "training": Training},
+    shapes={shape.model: shape for shape in ROTARY_SHAPES},
+    sizes={"forward": SIZES, "append": ((1, 1), (8, 1)), "training": ((1, 512), (4, 512))},
+    gpu_sizes={"forward": ((8, 2048),)},
+    fits=lambda case: case.kind != "append" or case.size[1] == 1,
+    eager="transformers",
+    quick=lambda case: case.shape in ("pythia-160m", "gpt-j-6b") and case.size != (4, 512),
+    backward=frozenset({"training"}),
+)

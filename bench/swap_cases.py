@@ -1,55 +1,23 @@
-"""What the swap benchmarks run: prefill, one step of decoding and of training, by stock transformers and swapped."""
+"""Prefill, one step of decoding and one of training, by stock transformers and swapped."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from models_cases import CONFIGS, DTYPES
 from torch import Tensor
 
 import neox_kernels
+from neox_kernels.bench.case import Absent, Case, Family, Work
+from neox_kernels.bench.harness import Call
+from neox_kernels.bench.models_cases import CONFIGS, tokens_of
 from neox_kernels.testing import error_budget, max_error
 
-OP = "apply_rotary_qk"  # whose backend the report names
-MODELS = ("pythia-160m", "gptj-12x768")
-LENGTHS = {"prefill": ((1, 512), (4, 512)), "decode": ((1, 512), (8, 512)), "train": ((1, 512),)}
-BASELINE = "stock eager"
-Call = Callable[[], object]
-PEERS: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class SwapCase:
-    """A call of a language model: ``seqlen`` tokens without a cache, or one more behind as many in a cache."""
-
-    kind: str  # a key of CONTENDERS
-    model: str  # of MODELS
-    batch: int
-    seqlen: int
-    dtype: torch.dtype
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.model} ({self.batch}, {self.seqlen}) {str(self.dtype).removeprefix('torch.')}"
-
-    @property
-    def bytes(self) -> int:
-        """Of the weights, each read once."""
-        stock = next(iter(models_of(self.model, self.dtype, self.device).values()))
-        return sum(x.numel() for x in stock.parameters()) * self.dtype.itemsize
-
-
-def cases(device: str = "cpu") -> Iterator[SwapCase]:
-    for model, dtype, kind in itertools.product(MODELS, DTYPES, CONTENDERS):
-        for lengths in LENGTHS[kind]:
-            yield SwapCase(kind, model, *lengths, dtype, device)
+KEPT = 32  # logits that are looked at
 
 
 @functools.lru_cache(maxsize=1)
@@ -65,48 +33,71 @@ def models_of(name: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
             neox_kernels.swap(model)
         return model
 
-    found = {"stock eager": another("eager", False)}
+    found = {"transformers": another("eager", False)}
     if first._supports_sdpa:
-        found["stock sdpa"] = another("sdpa", False)
-        found["swapped, of eager"] = another("eager", True)
-    found["swapped"] = another("sdpa" if first._supports_sdpa else "eager", True)
+        found["sdpa"] = another("sdpa", False)
+        found["neox_kernels, of eager"] = another("eager", True)
+    found["neox_kernels"] = another("sdpa" if first._supports_sdpa else "eager", True)
     return found
 
 
-def tokens_of(case: SwapCase) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(50000, (case.batch, case.seqlen), generator=generator).to(case.device)
+@functools.lru_cache(maxsize=1)
+def truth_of(case: Case) -> tuple[Tensor, Tensor]:
+    """The last logits of the first sequence, by stock eager in float64 and in the dtype of the case."""
+    stock, tokens = models_of(case.shape, case.dtype, case.device)["transformers"], tokens_of(case)[:1]
+    exact = copy.deepcopy(stock).double()
+    return exact(tokens, logits_to_keep=KEPT).logits, stock(tokens, logits_to_keep=KEPT).logits
 
 
-def check(case: SwapCase) -> None:
-    """The numbers policy on the last logits: against float64, at most twice the error of stock eager."""
-    tokens, found = tokens_of(case)[:1], models_of(case.model, case.dtype, case.device)
-    exact = copy.deepcopy(found["stock eager"]).double()
-    truth = exact(tokens, logits_to_keep=32).logits
-    same = found["stock eager"](tokens, logits_to_keep=32).logits
-    for name in ("swapped", "swapped, of eager"):
-        if name in found:
-            error = max_error(found[name](tokens, logits_to_keep=32).logits, truth)
-            if not error <= error_budget(same, truth):
-                raise AssertionError(f"{case}, {name}: error {error:.3g}, above {error_budget(same, truth):.3g}")
+class Swapped(Work):
+    """``seqlen`` tokens without a cache. ``run`` is what every model does; it gives the last logits to look at."""
+
+    signature = "function(tokens, *, model) -> logits; (batch, seqlen) int64; model: stock transformers, eager"
+
+    def __init__(self, case: Case, shape: Any) -> None:
+        super().__init__(case, shape)
+        self.models = models_of(case.shape, case.dtype, case.device)
+        self.args, self.options = (tokens_of(case),), {"model": self.models["transformers"]}
+        self.bytes = sum(x.numel() for x in self.models["transformers"].parameters()) * case.dtype.itemsize
+
+    def run(self, model: Any) -> Call:
+        return self.call_of(lambda tokens, **_: model(tokens, use_cache=False).logits)
+
+    def ours(self) -> Call:
+        return self.run(self.models["neox_kernels"])
+
+    def variants(self) -> dict[str, Call]:
+        name = "neox_kernels, of eager"
+        return {name: self.run(self.models[name])} if name in self.models else {}
+
+    def peers(self) -> dict[str, Callable[[], Call]]:
+        return {"transformers": lambda: self._stock("transformers"), "sdpa": lambda: self._stock("sdpa")}
+
+    def _stock(self, name: str) -> Call:
+        if name not in self.models:
+            raise Absent("transformers has no sdpa for this model")
+        return self.run(self.models[name])
+
+    def check(self, result: Any) -> None:
+        truth, same = truth_of(self.case)
+        self.require_close(result[:1, -KEPT:], same, truth)
+
+    def require_close(self, result: Tensor, same: Tensor, truth: Tensor) -> None:
+        """The numbers policy: against float64, at most twice the error of stock eager."""
+        error, budget = max_error(result, truth), error_budget(same, truth)
+        if not error <= budget:
+            raise AssertionError(f"{self.case}: error {error:.3g}, above the budget of {budget:.3g}")
 
 
-def prefill(case: SwapCase, compiled: bool) -> dict[str, Call]:
-    check(case)
-    tokens = tokens_of(case)
+class Decode(Swapped):
+    """One token behind ``seqlen`` in a cache."""
 
-    def call_of(model: Any) -> Call:
-        return lambda: model(tokens, use_cache=False).logits
+    signature = ""
 
-    return {name: call_of(model) for name, model in models_of(case.model, case.dtype, case.device).items()}
-
-
-def decode(case: SwapCase, compiled: bool) -> dict[str, Call]:
-    check(case)
-    tokens = tokens_of(case)
-    mask = torch.ones(case.batch, case.seqlen + 1, dtype=torch.long, device=case.device)
-
-    def call_of(model: Any) -> Call:
+    def run(self, model: Any) -> Call:
+        (tokens,) = self.args
+        batch, seqlen = tokens.shape
+        mask = torch.ones(batch, seqlen + 1, dtype=torch.long, device=tokens.device)
         cache = transformers.DynamicCache(config=model.config)
         model(tokens, past_key_values=cache, logits_to_keep=1)
 
@@ -117,27 +108,41 @@ def decode(case: SwapCase, compiled: bool) -> dict[str, Call]:
 
         return call
 
-    return {name: call_of(model) for name, model in models_of(case.model, case.dtype, case.device).items()}
+    def check(self, result: Any) -> None:
+        """Against the whole sequence without a cache."""
+        (tokens,) = self.args
+        whole, stock = torch.cat((tokens[:1], tokens[:1, :1]), dim=1), self.models["transformers"]
+        truth = copy.deepcopy(stock).double()(whole, logits_to_keep=1).logits
+        self.require_close(result[:1], stock(whole, logits_to_keep=1).logits, truth)
 
 
-def train(case: SwapCase, compiled: bool) -> dict[str, Call]:
-    check(case)
-    tokens = tokens_of(case)
+class Train(Swapped):
+    """Forward and backward of a step of training."""
 
-    def call_of(model: Any) -> Call:
-        def call() -> None:
-            with torch.enable_grad():
-                model(tokens, labels=tokens, use_cache=False).loss.backward()
+    signature = ""
+
+    def run(self, model: Any) -> Call:
+        (tokens,) = self.args
+
+        def call() -> Tensor:
             model.zero_grad()
+            with torch.enable_grad():
+                out = model(tokens, labels=tokens, use_cache=False)
+                out.loss.backward()
+            logits: Tensor = out.logits.detach()
+            return logits
 
         return call
 
-    return {name: call_of(model) for name, model in models_of(case.model, case.dtype, case.device).items()}
 
-
-CONTENDERS = {"prefill": prefill, "decode": decode, "train": train}
-
-
-def contenders(case: SwapCase, *, compiled: bool = False) -> dict[str, Call]:
-    """By name; BASELINE is what the others are compared with. Logits are checked before anything is timed."""
-    return CONTENDERS[case.kind](case, compiled)
+FAMILY = Family(
+    name="swap",
+    op="apply_rotary_qk",
+    works={"prefill": Swapped, "decode": Decode, "train": Train},
+    shapes={name: CONFIGS[name] for name in ("pythia-160m", "gptj-12x768")},
+    sizes={"prefill": ((1, 512), (4, 512)), "decode": ((1, 512), (8, 512)), "train": ((1, 512),)},
+    eager="transformers",
+    quick=lambda case: case.kind == "decode" and case.size == (1, 512),
+    backward=frozenset({"train"}),
+    rounds=5,
+)

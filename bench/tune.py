@@ -1,6 +1,6 @@
 """The launch choices of the Triton kernels, which are fixed by plans, against their neighbours on this GPU.
 
-    python bench/tune.py [--op rotary] [--within 5] [--json F]
+    python -m neox_kernels.bench.tune [--op rotary] [--within 5] [--json F]
 
 A neighbour has half or twice the warps, or one block size halved or doubled. Each must give what the fixed choice
 gives before it is timed; one that does not compile, or does not fit, is named. The report says of every case whether
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,12 +23,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu
-from harness import Sampler, compare
-
 from neox_kernels import kernels, rotary_tables
 from neox_kernels import varlen_metadata as metadata_of
+from neox_kernels.bench import gpu
+from neox_kernels.bench.harness import Race, Sampler
 from neox_kernels.kernels import rotary, softmax, softmax_backward, varlen
 from neox_kernels.testing import ROTARY_SHAPES, packed_qkv
 
@@ -59,15 +58,15 @@ def neighbours(op: str) -> dict[str, Neighbour]:
     made: dict[str, Neighbour] = {}
     for factor in (0.5, 2.0):
         if op == "rotary":
-            made[f"NUM_WARPS x {factor}"] = lambda f=factor: constant(rotary, "NUM_WARPS", f)
+            made[f"NUM_WARPS x {factor}"] = partial(constant, rotary, "NUM_WARPS", factor)
             for name in ("BLOCK_M", "BLOCK_H", "BLOCK_C"):
-                made[f"{name} x {factor}"] = lambda n=name, f=factor: block_sizes([rotary], n, f)
+                made[f"{name} x {factor}"] = partial(block_sizes, [rotary], name, factor)
         elif op == "softmax":
             for name in ("num_warps", "BLOCK_M"):
-                made[f"{name} x {factor}"] = lambda n=name, f=factor: block_sizes([softmax, softmax_backward], n, f)
+                made[f"{name} x {factor}"] = partial(block_sizes, [softmax, softmax_backward], name, factor)
         else:
             for name in ("NUM_WARPS", "THREADS"):  # by THREADS, the rows of a program
-                made[f"{name} x {factor}"] = lambda n=name, f=factor: constant(varlen, n, f)
+                made[f"{name} x {factor}"] = partial(constant, varlen, name, factor)
     return made
 
 
@@ -76,18 +75,22 @@ def rotary_cases(device: str) -> Iterator[tuple[str, Run]]:
         for batch, seqlen in ((8, 1), (4, 512), (4, 2048)):
             q, k, _ = packed_qkv(batch, seqlen, shape.nheads, shape.head_dim, torch.bfloat16, device=device)
             cos, sin = rotary_tables(shape.rotary_dim, seqlen, device=device)
-            options = {"interleaved": shape.interleaved}
+            options: dict[str, Any] = {"interleaved": shape.interleaved}
             yield (
                 f"rotary: {shape.model} ({batch}, {seqlen})",
-                lambda q=q, k=k, c=cos, s=sin, o=options: kernels.apply_rotary_qk(q, k, c, s, **o),
+                partial(kernels.apply_rotary_qk, q, k, cos, sin, **options),
             )
+
+
+def _softmax(scores: Tensor) -> Sequence[Tensor]:
+    return [kernels.causal_softmax(scores)]
 
 
 def softmax_cases(device: str) -> Iterator[tuple[str, Run]]:
     for lengths in ((8, 1, 512), (8, 128, 128), (4, 512, 512), (4, 2048, 2048), (1, 16, 16384)):
         shape = (lengths[0], 16, *lengths[1:])
         scores, grad = torch.randn(2, *shape).to(device, torch.bfloat16)
-        yield f"softmax: forward {shape}", lambda x=scores: [kernels.causal_softmax(x)]
+        yield f"softmax: forward {shape}", partial(_softmax, scores)
 
         def backward(scores: Tensor = scores, grad: Tensor = grad) -> Sequence[Tensor]:
             with torch.enable_grad():
@@ -105,7 +108,7 @@ def varlen_cases(device: str) -> Iterator[tuple[str, Run]]:
         indices, inverse = metadata.indices, metadata.inverse
         yield (
             f"varlen: unpad ({batch}, {seqlen}, {features})",
-            lambda x=x, i=indices, j=inverse: kernels.unpad_input([x], i, j),
+            partial(kernels.unpad_input, [x], indices, inverse),
         )
 
 
@@ -134,16 +137,18 @@ def tune(op: str, name: str, run: Run, sampler: Sampler, rounds: int, within: fl
         for x, y in zip(results, expected, strict=True):
             torch.testing.assert_close(x, y)
         calls[label] = call
-    timings = compare(calls, FIXED, sampler, rounds=rounds)
-    best = min(timings.values(), key=lambda timing: timing.seconds)
-    fixed = timings[FIXED].seconds
+    race = Race(calls, sampler)
+    for _ in range(rounds):
+        race.run_round()
+    seconds = {label: statistics.median(samples) for label, samples in race.samples.items()}
+    best = min(seconds, key=lambda label: seconds[label])
     return {
         "case": name,
-        "seconds": {label: timing.seconds for label, timing in timings.items()},
+        "seconds": seconds,
         "refused": refused,
-        "best": best.name,
-        "fixed_over_best": fixed / best.seconds,
-        "within": fixed <= best.seconds * (1 + within / 100),
+        "best": best,
+        "fixed_over_best": seconds[FIXED] / seconds[best],
+        "within": seconds[FIXED] <= seconds[best] * (1 + within / 100),
     }
 
 

@@ -150,7 +150,7 @@ def sdpa(call: Call) -> Result:
 
 
 def fused_is_faster(call: Call) -> bool:
-    """Than PyTorch's SDPA, on a CPU, where both can serve: by the measurements of ``bench/run.py attention``.
+    """Than PyTorch's SDPA, on a CPU, where both can serve: by the measurements of ``neox-kernels bench attention``.
 
     With padding SDPA reads a mask and computes the whole square: fused takes 0.6 to 0.85 of its time. Without, SDPA is
     the faster for a lone query, for long squares and for narrow heads; fused for wide heads up to about 1024 tokens.

@@ -1,12 +1,11 @@
-"""The command ``neox-kernels``: what this installation has, and a demonstration of what it does."""
+"""The command ``neox-kernels``: what this installation has, what it does, and how fast."""
 
 # No `from __future__ import annotations`: typer evaluates the annotations of its commands, which are local to _app().
 
 import importlib
-import importlib.metadata
 import json
 import platform
-import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import torch
 
 import neox_kernels
 from neox_kernels import compiled
+from neox_kernels.bench import machine
 
 if TYPE_CHECKING:
     import typer
@@ -48,6 +48,12 @@ def _app() -> "typer.Typer":
         rich_markup_mode=None,
     )
     as_json = typer.Option("--json", help="Print JSON and nothing else.")
+
+    def refuse_unwritable(option: str, path: Path | None) -> None:
+        try:
+            check_writable(path)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=option) from error
 
     @app.command()
     def info(json: Annotated[bool, as_json] = False) -> None:
@@ -83,16 +89,72 @@ def _app() -> "typer.Typer":
         if not demonstration.show(demonstration.Scale(layers, width, seqlen, seconds, device), json):
             raise typer.Exit(1)
 
-    @app.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-        help="Time ops against others' code: bench/run.py of the source tree, with its options (--help lists them).",
-    )
-    def bench(context: typer.Context) -> None:
-        script = Path(neox_kernels.__file__).resolve().parent.parent / "bench" / "run.py"
-        if not script.is_file():
-            sys.exit("The benchmarks come with the source tree, which this installation is without: clone it.")
-        sys.argv = [str(script), *context.args]
-        runpy.run_path(str(script), run_name="__main__")
+    many = "Separated by commas."
+
+    @app.command()
+    def bench(
+        ops: Annotated[
+            list[str] | None,
+            typer.Argument(help="rotary, softmax, varlen, gelu, attention, models, swap. Default: all of them."),
+        ] = None,
+        shape: Annotated[str, typer.Option(help=f"Shapes by name, such as pythia-160m. {many}")] = "",
+        grid: Annotated[str, typer.Option(help=f"Sizes, such as 4x512: batch x length, or batch x q x k. {many}")] = "",
+        dtype: Annotated[str, typer.Option(help=f"float32, bfloat16, float16. {many}")] = "",
+        kind: Annotated[str, typer.Option(help=f"Kinds of call, such as forward or decode. {many}")] = "",
+        device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
+        backend: Annotated[str, typer.Option(help=f"Our backends: compiled, triton, reference. {many}")] = "",
+        against: Annotated[
+            str, typer.Option(help=f"Peers: eager, transformers, compile, sdpa, liger, flash-attn, ... {many}")
+        ] = "",
+        add: Annotated[
+            list[str] | None,
+            typer.Option(help="module:function of your own to compare, or OP=module:function; may be repeated."),
+        ] = None,
+        backward: Annotated[bool, typer.Option("--backward", help="Time the kinds with gradients too.")] = False,
+        full: Annotated[bool, typer.Option("--full", help="Every shape and size; without it, a short run.")] = False,
+        threads: Annotated[int, typer.Option(min=1, help="CPU threads; above 1 by the wall clock.")] = 1,
+        wall: Annotated[bool, typer.Option("--wall", help="Wall clock, not CPU time or CUDA events.")] = False,
+        rounds: Annotated[int | None, typer.Option(min=1, help="Samples of each contender.")] = None,
+        json: Annotated[Path | None, typer.Option(help="Write every sample there.")] = None,
+        html: Annotated[Path | None, typer.Option(help="Write one self-contained page there.")] = None,
+        plot: Annotated[Path | None, typer.Option(help="Write figures there, .png or .svg: F-rotary-....png.")] = None,
+    ) -> None:
+        """Time the ops against others' code, interleaved in one run, beside what the machine can do.
+
+        The numbers are checked first; what is wrong is not timed, and the command then ends with exit code 1. Peers
+        that are not installed are named with the reason. Ctrl-C keeps what was measured, and ends with 130. --against
+        compile times torch.compile of transformers' code, which takes minutes.
+        """
+        try:
+            from neox_kernels.bench import command, selection
+
+            writers = command.writers(json, html, plot)
+        except ModuleNotFoundError as error:
+            sys.exit(f'The benchmarks need {error.name}: pip install "neox-kernels[bench]"')
+        if plot and plot.suffix not in (".png", ".svg"):
+            raise typer.BadParameter(f"{plot} must end with .png or .svg", param_hint="--plot")
+        for option, path in (("--json", json), ("--html", html), ("--plot", plot)):
+            refuse_unwritable(option, path)
+        try:
+            options = selection.read_options(
+                ops or [],
+                shape=shape,
+                grid=grid,
+                dtype=dtype,
+                kind=kind,
+                device=device,
+                backend=backend,
+                against=against,
+                add=add or [],
+                backward=backward,
+                full=full,
+            )
+            cases = selection.choose(options)
+        except ValueError as error:
+            option, _, what = str(error).partition(": ")
+            raise typer.BadParameter(what, param_hint=option) from error
+        line = shlex.join(["neox-kernels", *sys.argv[1:]])
+        raise typer.Exit(command.run(cases, options, command.Timing(threads, wall, rounds), writers, line))
 
     @app.command()
     def kernel_report(
@@ -127,16 +189,26 @@ def _app() -> "typer.Typer":
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--arch") from error
         for option, path in (("--json", json), ("--html", html)):
-            try:
-                command.check_writable(path)
-            except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint=option) from error
+            refuse_unwritable(option, path)
         try:
             command.run(archs, json, html)
         except FileNotFoundError as error:
             sys.exit(f"The report cannot be made: {error}")
 
     return app
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises ValueError where the file cannot be written; a file that was not there is not left behind."""
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    if not existed:
+        path.unlink()
 
 
 def information() -> dict[str, Any]:
@@ -146,7 +218,7 @@ def information() -> dict[str, Any]:
             "neox_kernels": neox_kernels.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            **{name: _version(name) for name in ("torch", "triton", "transformers", "flash-attn")},
+            **{name: machine.version(name) for name in ("torch", "triton", "transformers", "flash-attn")},
         },
         "devices": list(_devices()),
         "backends": [asdict(choice) for choice in neox_kernels.explain()],
@@ -160,19 +232,8 @@ def information() -> dict[str, Any]:
     }
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> Iterator[dict[str, Any]]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    yield {"device": "cpu", "name": name, "threads": torch.get_num_threads()}
+    yield {"device": "cpu", "name": machine.cpu_name(), "threads": torch.get_num_threads()}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"

@@ -12,7 +12,7 @@ import pytest
 import neox_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"neox_kernels": ROOT / "neox_kernels", "kernels": ROOT / "kernels", "models": ROOT / "models"}
+FOLDERS = {"neox_kernels": ROOT / "neox_kernels", **{name: ROOT / name for name in ("kernels", "models", "bench")}}
 
 
 def dotted(name: str, path: Path) -> str:
@@ -64,16 +64,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     # These two also report what the compiled library has.
     "neox_kernels.demo": {*API, "neox_kernels.models", "neox_kernels.compiled", "transformers", "rich"},
     "neox_kernels.kernel_report": {*API, "neox_kernels.kernels", "neox_kernels.kernel_report", "triton", "rich"},
+    "neox_kernels.bench": {
+        *API,
+        *(f"neox_kernels.{name}" for name in ("attention", "bench", "compiled", "kernels", "models", "reference")),
+        *("flash_attn", "jinja2", "liger_kernel", "markupsafe", "matplotlib", "pytest", "rich", "transformers"),
+    },
     "neox_kernels.cli": {
         *API,
-        *(f"neox_kernels.{name}" for name in ("models", "compiled", "demo", "kernel_report")),
+        *(f"neox_kernels.{name}" for name in ("bench", "compiled", "demo", "kernel_report", "models")),
         "typer",
         "rich",
     },
     "neox_kernels.__main__": {"neox_kernels.cli"},
 }
 # Only where a function runs, or for type checkers: whoever imports the package has not asked for them ...
-LAZY = ("integrations", "cli", "demo", "models", "kernels", "kernel_report")
+LAZY = ("integrations", "bench", "cli", "demo", "models", "kernels", "kernel_report")
 OPTIONAL = ("transformers", "triton", "flash_attn", "matplotlib", "safetensors", "typer", "rich", "numpy")
 # ... but where they are asked for.
 ASKED_FOR = tuple(f"neox_kernels.{name}" for name in (*LAZY, "__main__"))

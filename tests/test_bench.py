@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -14,17 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from neox_kernels import reference
-
-BENCH = str(Path(__file__).resolve().parent.parent / "bench")
-sys.path.append(BENCH)
-import gpu  # noqa: E402 - found by the line above
-import harness  # noqa: E402
-import run  # noqa: E402
-import tune  # noqa: E402
-
-sys.path.remove(BENCH)
+from neox_kernels import cli, reference
+from neox_kernels.bench import gpu, rotary_cases, softmax_cases, tune
 
 
 class Event:
@@ -57,7 +51,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(Event, "synchronised", True))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(sys, "path", [*sys.path, BENCH])
+    for cases in (rotary_cases, softmax_cases):
+        monkeypatch.setattr(cases, "needs_gpu", lambda case, what: None)
     Event.now = 0.0
 
 
@@ -89,18 +84,6 @@ def test_the_wall_clock_counts_all(made_up: None) -> None:
     assert 1e-3 <= take() < 1 and len(calls) == gpu.WARM_UP + 20
 
 
-def test_medians_and_ratios() -> None:
-    times = {"a": iter([4.0, 8.0, 4.0, 6.0]), "b": iter([2.0, 2.0, 1.0, 3.0])}
-
-    def sampler(call: Any) -> Any:
-        return lambda: next(times[call()])
-
-    timings = harness.compare({"a": lambda: "a", "b": lambda: "b"}, "a", sampler, rounds=4)
-    assert (timings["a"].seconds, timings["a"].ratio) == (5.0, 1.0)
-    assert (timings["b"].seconds, timings["b"].ratio) == (2.0, 3.0)
-    assert timings["b"].ratio_low < 3.0 < timings["b"].ratio_high
-
-
 def peer(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     """An installed flash-attn, of which there is this rotary."""
     for name in ("flash_attn", "flash_attn.layers", "flash_attn.layers.rotary"):
@@ -111,7 +94,10 @@ def peer(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 def bench(tmp_path: Path, *words: str) -> dict[str, Any]:
     file = tmp_path / "report.json"
-    run.main([*words, "--device", "cuda", "--rounds", "2", "--json", str(file)])
+    done = CliRunner().invoke(
+        cli._app(), ["bench", *words, "--device", "cuda", "--rounds", "2", "--json", str(file)], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
     return json.loads(file.read_text())
 
 
@@ -124,49 +110,52 @@ def test_rotary_beside_its_peers(made_up: None, monkeypatch: pytest.MonkeyPatch,
     def wrong(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         return x
 
-    import rotary_cases
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401 - before there is a flash-attn
 
-    monkeypatch.setattr(rotary_cases, "LENGTHS", ((2, 3),))
-    words = ("rotary", "--kind", "forward", "--model", "pythia-160m", "--compiled")
+    words = ("rotary", "--kind", "forward", "--shape", "pythia-160m", "--grid", "2x3", "--dtype", "bfloat16")
     for function, serves in ((right, True), (wrong, False)):
         peer(monkeypatch, function)
-        report = bench(tmp_path, *words)
-        assert report["device"]["name"] == "made up" and report["device"]["capability"] == "9.0"
-        rows = {row["name"]: row for row in report["rows"] if "bfloat16" in row["case"]}
-        assert rows["neox_kernels"]["seconds"] >= 0 and "transformers compiled" in rows
-        assert ("seconds" in rows["flash-attn"]) == serves
-        assert serves or "above the budget" in rows["flash-attn"]["absent"]
-        assert "ModuleNotFoundError" in rows["Liger"]["absent"]
+        report = bench(tmp_path, *words, "--against", "transformers,compile,flash-attn,liger")
+        assert report["machine"]["name"] == "made up" and report["machine"]["capability"] == "9.0"
+        assert "CUDA events" in report["machine"]["clock"]
+        (case,) = report["cases"]
+        names = {result["name"] for result in case["results"]}
+        assert {"neox_kernels", "transformers", "compile", "memcpy"} <= names
+        assert ("flash-attn" in names) == serves
+        assert serves or "above the budget" in case["absent"]["flash-attn"]
+        assert case["absent"]["liger"] == "liger_kernel.transformers is not installed"
 
 
-@pytest.mark.parametrize("family", ["softmax", "varlen", "attention"])
-def test_every_kind_of(family: str, made_up: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import attention_cases
-    import softmax_cases
-    import varlen_cases
-
-    for lengths in ("PREFILL", "PADDED", "DECODE"):
-        monkeypatch.setattr(attention_cases, lengths, ((2, 1 if lengths == "DECODE" else 9, 9),))
-    monkeypatch.setattr(softmax_cases, "LENGTHS", ((1, 4, 9),))
-    monkeypatch.setattr(varlen_cases, "SIZES", ((3, 9),))
-    report = bench(tmp_path, family)
-    kinds = {row["case"].partition(":")[0] for row in report["rows"]}
-    cases = {"softmax": softmax_cases, "varlen": varlen_cases, "attention": attention_cases}
-    assert kinds == set(cases[family].CONTENDERS)
-    assert {row["name"] for row in report["rows"] if "absent" in row} == {
-        "softmax": {"Liger, no mask"},
-        "varlen": {"flash-attn"},
-        "attention": set(),
-    }[family]
+@pytest.mark.parametrize(
+    ("family", "grid", "absent"),
+    [
+        ("softmax", "1x4x9,2x1x9", {"liger, no mask"}),
+        ("varlen", "3x9", {"flash-attn"}),
+        ("attention", "2x9x9,2x1x9", {"flash-attn"}),
+    ],
+)
+def test_every_kind_of(family: str, grid: str, absent: set[str], made_up: None, tmp_path: Path) -> None:
+    report = bench(tmp_path, family, "--grid", grid, "--backward")
+    module = importlib.import_module(f"neox_kernels.bench.{family}_cases")
+    assert {case["kind"] for case in report["cases"]} == set(module.FAMILY.works)
+    assert set().union(*(case["absent"] for case in report["cases"])) == absent
 
 
-def test_without_a_gpu() -> None:
+def test_by_the_wall_clock(made_up: None, tmp_path: Path) -> None:
+    report = bench(tmp_path, "gelu", "--grid", "1x2", "--shape", "gptj-12x768", "--wall")
+    assert report["machine"]["clock"] == "wall clock, launches included"
+
+
+def test_sizes_that_only_a_gpu_has(made_up: None) -> None:
+    cases = rotary_cases.FAMILY.cases
+    assert {case.size for case in cases("cuda")} - {case.size for case in cases("cpu")} == {(8, 2048)}
+
+
+def test_tune_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("here is one")
-    for main in (run.main, tune.main):
-        with pytest.raises(SystemExit, match="no CUDA device"):
-            main(["--device", "cuda"] if main is run.main else [])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        tune.main([])
 
 
 @pytest.fixture

@@ -53,17 +53,6 @@ def test_info() -> None:
     assert all(backend in done.stdout for backend in backends.MODULES)
 
 
-def test_bench_is_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr(cli.runpy, "run_path", lambda path, run_name: called.append((path, run_name, sys.argv[1:])))
-    monkeypatch.setattr(sys, "argv", [])
-    done = run("bench", "softmax", "--device", "cuda", "--rounds", "3")
-    assert done.exit_code == 0, done.output
-    ((path, name, words),) = called
-    assert path.endswith("bench/run.py") and name == "__main__"
-    assert words == ["softmax", "--device", "cuda", "--rounds", "3"]
-
-
 def test_info_json() -> None:
     done = run("info", "--json")
     facts = json.loads(done.stdout)

@@ -236,7 +236,7 @@ def test_unknown_architecture() -> None:
 def test_unwritable_file(tmp_path: Path) -> None:
     done = call("--html", str(tmp_path / "missing" / "page.html"))
     assert done.exit_code == 2 and "page.html" in done.output and "--html" in done.output
-    command.check_writable(tmp_path / "new.json")
+    cli.check_writable(tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
 
 

@@ -45,19 +45,6 @@ def check_archs(archs: Iterable[str]) -> list[str]:
     return chosen
 
 
-def check_writable(path: Path | None) -> None:
-    """Raises ValueError where the file cannot be written; a file that was not there is not left behind."""
-    if path is None:
-        return
-    existed = path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
-    if not existed:
-        path.unlink()
-
-
 def run(archs: list[str], json_file: Path | None, html_file: Path | None) -> None:
     """Make the report. Raises FileNotFoundError where nvdisasm or cuobjdump is missing."""
     with tempfile.TemporaryDirectory(prefix="neox-kernels-") as folder:
