@@ -203,6 +203,7 @@ def times(record: Record, op: str, dtype: str) -> Figure | None:
             axes.set_title(wrapped(name.replace(f" {dtype}", ""), 66 // columns), loc="left")
         axes = grid[0]
         axes.loglog()
+        axes.margins(x=0.1)  # the outer labels keep clear of the next panel's
         engineering(axes, "", "s")
         lengths = sorted({case.length for cases in shown.values() for case in cases})
         axes.xaxis.set_major_locator(FixedLocator(apart(lengths, 12 // columns)))
