@@ -18,7 +18,7 @@ from neox_kernels.bench.case import Case, Family
 from neox_kernels.bench.harness import Race, Sampler, host_sampler
 from neox_kernels.bench.record import OURS, CaseRecord, Record, Result
 from neox_kernels.bench.selection import Field, Options, contenders
-from neox_kernels.bench.units import rate_text, ratio_text, seconds_text
+from neox_kernels.bench.units import quartiles, rate, seconds, three_digits
 
 Writer = Callable[[Record], list[Path]]  # of a finished run; gives the files that it wrote
 INTERRUPTED = 130  # the exit code of Ctrl-C
@@ -95,7 +95,8 @@ def _headline(record: Record) -> str:
 
 def _progress(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    # Drawn between samples alone: a thread that draws would be measured.
+    return Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
 
 
 def _measure(
@@ -140,9 +141,11 @@ def _case_record(family: Family, case: Case, entered: Field, race: Race, options
 def _show(case: CaseRecord, console: Console) -> None:
     console.print(f"\n{case.title}")
     for result in case.results:
-        ratio = "" if result.role == "ours" else ratio_text(case.ratio(result))
-        line = f"  {result.name:30} {seconds_text(result.seconds.middle):>9}  {rate_text(case, result):>13}  {ratio}"
-        console.print(line.rstrip())
+        line = f"  {result.name:30} {seconds(result.seconds.middle):>9}  {rate(case, result):>13}"
+        if result.role != "ours":
+            ratio = case.ratio(result)
+            line += f"  {three_digits(ratio.middle):>5} ({quartiles(ratio)})"
+        console.print(line)
     for name, reason in case.absent.items():
         console.print(f"  {name:30} absent: {reason}")
 

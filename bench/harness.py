@@ -14,9 +14,9 @@ Call = Callable[[], Any]
 Sampler = Callable[[Call], Callable[[], float]]  # warms a contender up; what it gives takes a sample: seconds per call
 
 
-def host_sampler(clock: Callable[[], float] = time.thread_time, sample_seconds: float = 0.01) -> Sampler:
-    """By CPU time of this thread: on a busy machine the wall clock (``time.perf_counter``) of several threads measures
-    the neighbours. Short calls are repeated to fill a sample."""
+def host_sampler(clock: Callable[[], float] = time.process_time, sample_seconds: float = 0.01) -> Sampler:
+    """By CPU time of this process, for some peers work in a thread of their own: on a busy machine the wall clock
+    (``time.perf_counter``) measures the neighbours too. Short calls are repeated to fill a sample."""
 
     def warm_up(call: Call) -> Callable[[], float]:
         call()

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from neox_kernels import models
+from neox_kernels.bench import ctranslate2_peer
 from neox_kernels.bench.case import Absent, Case, Family, Work
 from neox_kernels.bench.harness import Call
 from neox_kernels.testing import error_budget, max_error
@@ -48,7 +49,8 @@ def exact_logits(case: Case) -> Tensor:
 
 def tokens_of(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(50000, case.size[:2], generator=generator).to(case.device)
+    vocabulary = CONFIGS[case.shape].vocab_size
+    return torch.randint(vocabulary, case.size, generator=generator).to(case.device)
 
 
 class Logits(Work):
@@ -74,6 +76,7 @@ class Logits(Work):
             "transformers": lambda: self._transformers("eager"),
             "sdpa": lambda: self._transformers("sdpa"),
             "compile": self._compiled,
+            "ctranslate2": self._ctranslate2,
         }
 
     def limits(self) -> dict[str, Call]:
@@ -108,6 +111,11 @@ class Logits(Work):
         options = {"output_attentions": self.attentions, "use_cache": False}
         self.theirs.set_attn_implementation("sdpa" if self.theirs._supports_sdpa and not self.attentions else "eager")
         return self.call_of(lambda tokens, model: fast(tokens, **options).logits)
+
+    def _ctranslate2(self) -> Call:
+        if self.attentions or self.case.dtype != torch.float32 or self.case.device != "cpu":
+            raise Absent("CTranslate2 takes part on a CPU in float32, without probabilities")
+        return ctranslate2_peer.logits_of(self.theirs, self.args[0])
 
     def check(self, result: Any) -> None:
         """The numbers policy on the first sequence: at most twice the error of transformers' eager code."""

@@ -19,7 +19,19 @@ from neox_kernels.bench.harness import Call
 from neox_kernels.bench.record import OURS
 
 FAMILIES = ("rotary", "softmax", "varlen", "gelu", "attention", "models", "swap")
-PEERS = ("eager", "transformers", "transformers-4", "torch", "indexing", "sdpa", "compile", "flash-attn", "liger")
+# Names of peers; "eager" is the one of each family that is plain PyTorch.
+PEERS: tuple[str, ...] = (
+    "eager",
+    "transformers",
+    "transformers-4",
+    "torch",
+    "indexing",
+    "sdpa",
+    "compile",
+    "flash-attn",
+    "liger",
+)
+PEERS += ("ctranslate2",)
 SLOW = ("compile",)  # only where it is asked for
 Function = Callable[..., Any]
 

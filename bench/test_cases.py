@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # CPU time, as the command takes it; a GPU's events do not fit into pytest-benchmark.
-@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.benchmark(timer=time.process_time)
 def test_case(benchmark: Any, family: Family, case: Case, contender: str) -> None:
     benchmark.group = str(case)
     options = read_options([family.name], against="eager")

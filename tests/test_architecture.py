@@ -67,7 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.bench": {
         *API,
         *(f"neox_kernels.{name}" for name in ("attention", "bench", "compiled", "kernels", "models", "reference")),
-        *("flash_attn", "jinja2", "liger_kernel", "markupsafe", "matplotlib", "pytest", "rich", "transformers"),
+        *("jinja2", "markupsafe", "matplotlib", "pytest", "rich"),
+        *("ctranslate2", "flash_attn", "liger_kernel", "numpy", "transformers"),  # peers
     },
     "neox_kernels.cli": {
         *API,

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from typer.testing import CliRunner
+from bench_calls import TINY, bench
 
 import neox_kernels
-from neox_kernels import cli, reference
-from neox_kernels.bench import harness, rotary_cases, selection
+from neox_kernels import reference
+from neox_kernels.bench import harness, models_cases, rotary_cases, selection, swap_cases
 from neox_kernels.bench.case import Work
 from neox_kernels.bench.record import CaseRecord, Record, Result, Spread
-
-TINY = ("rotary", "--shape", "pythia-160m", "--grid", "2x3", "--kind", "forward", "--dtype", "float32")
-
-
-def call(*words: object) -> Any:
-    arguments = ["bench", *map(str, words)]
-    done = CliRunner().invoke(cli._app(), arguments, terminal_width=200, env={"COLUMNS": "200"})
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
-
-
-def bench(tmp_path: Path, *words: object, code: int = 0) -> Record:
-    file = tmp_path / "record.json"
-    done = call(*words, "--rounds", 2, "--json", file)
-    assert done.exit_code == code, done.output
-    return Record.read(file)
-
 
 # ------------------------------------------------------------------------------------------------------ what it times
 
@@ -81,6 +64,42 @@ def test_every_family_checks_every_contender(name: str, tmp_path: Path) -> None:
         assert case.kind in ("append", "metadata") or case.limit is not None
 
 
+@pytest.fixture
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, config in models_cases.CONFIGS.items():
+        tiny = copy.deepcopy(config)
+        tiny.vocab_size, tiny.num_hidden_layers = 96, 2
+        tiny.bos_token_id = tiny.eos_token_id = 0
+        for family in (models_cases.FAMILY, swap_cases.FAMILY):
+            if name in family.shapes:
+                monkeypatch.setitem(family.shapes, name, tiny)
+    caches = models_cases.pair, models_cases.exact_logits, swap_cases.models_of, swap_cases.truth_of
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_whole_models(tiny_models: None, tmp_path: Path) -> None:
+    record = bench(tmp_path, "models", "--grid", "2x9")
+    found = {(case.shape, case.kind, case.dtype): {result.name for result in case.results} for case in record.cases}
+    assert len(found) == 3 * 2 * 2
+    for (shape, kind, dtype), names in found.items():
+        assert {"neox_kernels", "transformers", "matrix products"} <= names
+        assert ("sdpa" in names) == (shape != "gptj-12x768" and kind == "logits")
+        if importlib.util.find_spec("ctranslate2"):
+            assert ("ctranslate2" in names) == (kind == "logits" and dtype == "float32"), record.cases[0].absent
+
+
+def test_swapped_models(tiny_models: None, tmp_path: Path) -> None:
+    record = bench(tmp_path, "swap", "--grid", "2x40", "--backward")
+    assert {(case.shape, case.kind) for case in record.cases} == {
+        (shape, kind) for shape in ("pythia-160m", "gptj-12x768") for kind in ("prefill", "decode", "train")
+    }
+    assert all({"neox_kernels", "transformers"} <= {x.name for x in case.results} for case in record.cases)
+
+
 def test_ours_by_a_backend_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = []
     original = reference.apply_rotary_qk
@@ -123,82 +142,6 @@ def test_pytest_benchmark_runs_the_same_cases() -> None:
     ]
     assert len(tests) == 2 * len(expected)
     assert {test.rpartition("-")[0] for test in tests} == expected
-
-
-# ----------------------------------------------------------------------------------------------------- what it refuses
-
-
-def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotary_cases, "apply_rotary_qk", lambda q, k, *_, **__: (q, k))
-    record = bench(tmp_path, *TINY, code=1)
-    assert record.cases == []
-    (reason,) = record.wrong
-    assert "pythia-160m (2, 3)" in reason and "above the budget" in reason
-
-
-def test_every_work_refuses_what_is_wrong() -> None:
-    """A result that is off by a part in ten is refused by every kind of every family."""
-    grids = {"softmax": "1x3x9", "attention": "2x9x9", "varlen": "2x9"}
-    for name in selection.FAMILIES[:5]:
-        options = selection.read_options([name], grid=grids.get(name, "2x1"), backward=True, dtype="float32")
-        for family, case in selection.choose(options):
-            work = family.work(case)
-            result = work.ours()()
-            work.check(result)
-            with pytest.raises(AssertionError):
-                work.check(spoiled(result))
-
-
-def spoiled(result: Any) -> Any:
-    if isinstance(result, Tensor):
-        return result + 1 if not result.is_floating_point() else result * 1.1 + 1e-3
-    if hasattr(result, "cu_seqlens"):
-        return result.indices + 1, result.cu_seqlens
-    return type(result)(spoiled(item) for item in result)
-
-
-@pytest.mark.parametrize(
-    ("words", "option", "said"),
-    [
-        (["rotory"], "OPS", "rotory is not known; known are rotary, softmax"),
-        (["rotary", "--shape", "pythia-7b"], "--shape", "pythia-7b is not known; known are pythia-160m"),
-        (["rotary", "--grid", "4x"], "--grid", "such as 4x512"),
-        (["rotary", "--grid", "0x4"], "--grid", "sizes above 0"),
-        (["softmax", "--grid", "4x512"], "--grid", "batchxq_lenxk_len, which softmax takes"),
-        (["rotary", "--dtype", "float8"], "--dtype", "float8 is not known"),
-        (["rotary", "--kind", "sideways"], "--kind", "known are forward, append, training"),
-        (["rotary", "--kind", "append", "--grid", "2x7"], "OPS", "no case"),
-        (["rotary", "--device", "tpu"], "--device", "tpu is not known"),
-        (["rotary", "--device", "cuda"], "--device", "no CUDA device"),
-        (["rotary", "--backend", "cuda"], "--backend", "known are compiled, triton, reference"),
-        (["gelu", "--backend", "triton"], "--backend", "triton does not serve gelu_tanh here"),
-        (["rotary", "--against", "apex"], "--against", "apex is not known; known are eager"),
-        (["--add", "mine:f"], "--add", "does not say of which op it is"),
-        (["rotary", "--add", "softmax=mine:f"], "--add", "softmax is not known; known are rotary"),
-        (["rotary", "--add", "mine"], "--add", "mine is not module:function"),
-        (["rotary", "--add", "no_such_module:f"], "--add", "No module named"),
-        (["rotary", "--add", "math:no_such_function"], "--add", "no_such_function"),
-        (["rotary", "--add", "math:pi"], "--add", "is a float, and must be a function"),
-        (["rotary", "--json", "no/such/folder/f.json"], "--json", "cannot be written"),
-        (["rotary", "--html", "no/such/folder/f.html"], "--html", "cannot be written"),
-    ],
-)
-def test_options_that_are_wrong(words: list[str], option: str, said: str) -> None:
-    if "--device" in words and words[-1] == "cuda" and torch.cuda.is_available():
-        pytest.skip("here is a CUDA device")
-    done = call(*words)
-    text = " ".join(done.output.replace("│", " ").split())
-    assert done.exit_code == 2 and option in text and said in text, done.output
-
-
-def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    for name in ("models", "swap"):
-        monkeypatch.delitem(sys.modules, f"neox_kernels.bench.{name}_cases", raising=False)
-    left_out = selection.read_options([]).left_out
-    assert left_out == dict.fromkeys(("models", "swap"), "transformers is not installed")
-    with pytest.raises(ValueError, match="OPS: models needs transformers, which is not installed"):
-        selection.read_options(["models"])
 
 
 # -------------------------------------------------------------------------------------------------- one's own kernel
@@ -309,13 +252,6 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     record.write(tmp_path / "again.json")
     assert Record.read(tmp_path / "again.json") == record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "record.json"], "no file is left behind"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"format": 0})])
-def test_what_is_no_record(text: str, tmp_path: Path) -> None:
-    (tmp_path / "f.json").write_text(text)
-    with pytest.raises(ValueError, match=r"f\.json is no"):
-        Record.read(tmp_path / "f.json")
 
 
 def test_signatures_are_what_works_are_called_with() -> None:

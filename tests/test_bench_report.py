@@ -16,7 +16,8 @@ from bench_records import ABSENT, EVIL, large_record, made_up_case, made_up_reco
 
 from neox_kernels.bench.figure_style import DARK, LIGHT
 from neox_kernels.bench.record import OURS, CaseRecord, Record, Result
-from neox_kernels.bench.report import render, seconds, three_digits
+from neox_kernels.bench.report import render
+from neox_kernels.bench.units import seconds, three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,6 +173,13 @@ def test_an_interrupted_run_says_so() -> None:
     (notice,) = page.root.all("p", "notice")
     assert "interrupted" in notice.text
     assert len(rows(page)) == sum(len(case.results) + len(case.absent) for case in whole.cases[:2])
+
+
+def test_what_was_wrong_is_said() -> None:
+    record = record_of(made_up_record().cases[:1])
+    record.wrong = ["rotary forward: <pythia>: error 4"]
+    (notice,) = Page(render(record)).root.all("div", "notice")
+    assert "wrong" in notice.text and "rotary forward: <pythia>: error 4" in notice.text
 
 
 def test_ids_are_unique_and_what_refers_to_them_finds_them(html: str, page: Page) -> None:

@@ -19,6 +19,7 @@ SOURCES = (
     "MANIFEST.in",
     "README.md",
     "LICENSE",
+    "bench",
     "csrc",
     "kernels",
     "models",
