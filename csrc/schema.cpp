@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
   m.def("causal_softmax_backward(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
   m.def("causal_softmax_backward.inference(Tensor grad, Tensor probs, " NEOX_SOFTMAX_BACKWARD ") -> (Tensor, Tensor)");
 
+  // On a CPU: q, k and v of (batch, seqlen, nheads, head_dim); query i sees key j where j <= i + k_len - q_len.
+  m.def("causal_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+  m.def("serves_causal_attention(ScalarType dtype) -> bool");
+
   m.def("gelu_tanh(Tensor x) -> Tensor");
   m.def("gelu_tanh.inference(Tensor x) -> Tensor");
 

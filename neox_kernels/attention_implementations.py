@@ -11,6 +11,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from neox_kernels import memory
 from neox_kernels.attention_masks import PreparedAttention
 from neox_kernels.flash_attention import HALF, flash_attention, reason_against
+from neox_kernels.ops.attention import causal_attention, serves_causal_attention
 from neox_kernels.ops.softmax import causal_softmax
 
 Result = tuple[Tensor, Tensor | None]
@@ -62,6 +63,8 @@ def eager(call: Call) -> Result:
 
 
 def fused(call: Call) -> Result:
+    if _in_one_pass(call):
+        return causal_attention(call.q, call.k, call.v, call.scale), None
     rows = _rows_at_a_time(call)
     if rows is not None:
         return _fused_by_rows(call, rows), None
@@ -80,6 +83,20 @@ def _operands(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         # would itself copy what is no view of (batch * nheads) matrices, with k transposed, which is slower still.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return (q.to(_compute(q)), k.to(_compute(k)), v) if call.upcast_scores else (q, k, v)
+
+
+def _in_one_pass(call: Call) -> bool:
+    """Whether a kernel that holds no scores can serve, and is faster than products and softmax apart.
+
+    By the measurements of ``bench/run.py attention`` on one thread: 12 heads of 64 at (4, 512) take 0.55 of the time of
+    PyTorch's SDPA, squares of 32 to 2048 tokens 0.35 to 0.9. For few queries it costs too much to sort the keys.
+    """
+    masks = call.masks
+    plain = masks.causal and masks.attn_mask is None and masks.key_padding_mask is None and call.head_mask is None
+    if not plain or call.output_attentions or call.dropout_p > 0 or call.scale <= 0 or call.q.dtype != call.v.dtype:
+        return False
+    many = masks.q_len >= (32 if masks.q_len == masks.k_len else 64)
+    return many and _on_plain_cpu(call) and serves_causal_attention(call.q.dtype)
 
 
 def _rows_at_a_time(call: Call) -> int | None:
@@ -152,9 +169,12 @@ def sdpa(call: Call) -> Result:
 def fused_is_faster(call: Call) -> bool:
     """Than PyTorch's SDPA, on a CPU, where both can serve: by the measurements of ``neox-kernels bench attention``.
 
-    With padding SDPA reads a mask and computes the whole square: fused takes 0.6 to 0.85 of its time. Without, SDPA is
-    the faster for a lone query, for long squares and for narrow heads; fused for wide heads up to about 1024 tokens.
+    With padding SDPA reads a mask and computes the whole square: fused takes 0.6 to 0.85 of its time. Without, where no
+    kernel of ours serves, SDPA is the faster for a lone query, for long squares and for narrow heads; fused for wide
+    heads up to about 1024 tokens.
     """
+    if _in_one_pass(call):
+        return True
     masks, head_dim = call.masks, call.q.shape[3]
     in_parts = not torch.compiler.is_compiling() and call.dropout_p == 0 and masks.attn_mask is None
     if masks.q_len == 1 or not masks.causal or not in_parts or call.needs_grad():

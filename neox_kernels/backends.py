@@ -26,6 +26,7 @@ OPS = (
     "apply_rotary_qk",
     "apply_rotary_kv_append",
     "causal_softmax",
+    "causal_attention",
     "varlen_metadata",
     "unpad_input",
     "pad_input",

@@ -103,7 +103,12 @@ def test_explain_attention() -> None:
         assert all(reason == f"{name} is asked for" for other, reason in choice.reasons.items() if "flash" not in other)
 
 
-def test_auto_takes_what_was_measured_to_be_faster() -> None:
+def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving: list[torch.dtype] = []
+    monkeypatch.setattr(
+        "neox_kernels.attention_implementations.serves_causal_attention", lambda dtype: dtype in serving
+    )
+
     def taken(q_len: int, k_len: int, head_dim: int, dtype: torch.dtype, **options: Any) -> str:
         x = torch.empty(2, max(q_len, k_len), 2, head_dim, dtype=dtype)
         return explain_attention(x[:, :q_len], x[:, :k_len], x[:, :k_len], **options).implementation
@@ -117,6 +122,11 @@ def test_auto_takes_what_was_measured_to_be_faster() -> None:
     )
     choice = explain_attention(Q, K, V)
     assert (choice.implementation, choice.reasons["fused"]) == ("sdpa", "sdpa comes first here")
+
+    serving += [f32, bf16]
+    for dtype in serving:
+        assert taken(32, 32, 64, dtype) == taken(2048, 2048, 256, dtype) == taken(64, 512, 64, dtype) == "fused"
+        assert taken(31, 31, 64, dtype) == taken(63, 512, 64, dtype) == taken(1, 512, 64, dtype) == "sdpa"
 
 
 def test_auto_takes_what_keeps_the_gradient_of_float32_scores() -> None:

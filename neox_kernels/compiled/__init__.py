@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from neox_kernels.compiled.attention import causal_attention, serves_causal_attention
 from neox_kernels.compiled.gelu import gelu_tanh
 from neox_kernels.compiled.library import build_config, load_error
 from neox_kernels.compiled.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
@@ -22,12 +23,14 @@ __all__ = [
     "apply_rotary_kv_append",
     "apply_rotary_qk",
     "build_config",
+    "causal_attention",
     "causal_softmax",
     "cpu_isa",
     "gelu_tanh",
     "index_first_axis",
     "load_error",
     "pad_input",
+    "serves_causal_attention",
     "unavailable",
     "unpad_input",
     "varlen_metadata",
@@ -35,7 +38,7 @@ __all__ = [
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 CHECKS_ITSELF = ("cpu",)
-CPU_ONLY = frozenset({"gelu_tanh"})
+CPU_ONLY = frozenset({"causal_attention", "gelu_tanh"})
 
 
 def unavailable(device_type: str) -> str | None:

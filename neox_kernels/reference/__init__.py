@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from neox_kernels.reference.attention import causal_attention, serves_causal_attention
 from neox_kernels.reference.gelu import gelu_tanh
 from neox_kernels.reference.rotary import apply_rotary, apply_rotary_kv_append, apply_rotary_qk
 from neox_kernels.reference.softmax import causal_softmax
@@ -18,10 +19,12 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_kv_append",
     "apply_rotary_qk",
+    "causal_attention",
     "causal_softmax",
     "gelu_tanh",
     "index_first_axis",
     "pad_input",
+    "serves_causal_attention",
     "unavailable",
     "unpad_input",
     "varlen_metadata",
