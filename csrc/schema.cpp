@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY(neox_kernels, m) {
 
   m.def("gelu_tanh(Tensor x) -> Tensor");
   m.def("gelu_tanh.inference(Tensor x) -> Tensor");
+  m.def("gelu_tanh_(Tensor(a!) x, Tensor? bias) -> ()");  // of x + bias, which is of the last dimension
 
   // Varlen. The first dimensions of a tensor are those of `inverse` (one, without), and of its result those of `indices`;
   // result row r is row indices[r], or zero where that is -1. The gradient is the same op with the two exchanged.

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neox_kernels import gelu_tanh
+from neox_kernels.models.forward import may_stand_for, watched
 
 
 class _QuickGELU(nn.Module):
@@ -13,12 +14,20 @@ class _QuickGELU(nn.Module):
         return x * (1.702 * x).sigmoid()
 
 
-class _TanhGELU(nn.GELU):
+class TanhGELU(nn.GELU):
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
 
     def forward(self, input: Tensor) -> Tensor:
         return gelu_tanh(input)
+
+
+def activated(linear: nn.Linear, act: nn.Module, x: Tensor) -> Tensor:
+    """``act(linear(x))``; where nobody sees what lies between, bias and GELU in one pass over it."""
+    if type(act) is TanhGELU and not watched(act) and linear.bias is not None and may_stand_for(linear, x):
+        return gelu_tanh(F.linear(x, linear.weight), linear.bias, inplace=True)
+    out: Tensor = act(linear(x))
+    return out
 
 
 class _ClippedGELU(nn.Module):
@@ -50,4 +59,4 @@ ACTIVATIONS = frozenset((*_TANH, *_MODULES))
 
 def activation(name: str) -> nn.Module:
     """The module of an activation that a configuration names, one of ``ACTIVATIONS``."""
-    return _TanhGELU() if name in _TANH else _MODULES[name]()
+    return TanhGELU() if name in _TANH else _MODULES[name]()

@@ -155,6 +155,16 @@ def may_overwrite(*projections: nn.Module) -> bool:
     return all(type(x) is nn.Linear and not watched(x) for x in projections)
 
 
+def may_stand_for(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether other work may take the place of a call on a CPU: no gradient, hook, compiler, cast or other class."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in linear.parameters())):
+        return False
+    plain = all(type(one) in (Tensor, nn.Parameter) for one in (x, *linear.parameters()))
+    return plain and may_overwrite(linear) and x.dtype == linear.weight.dtype
+
+
 def may_look(x: Tensor) -> bool:
     """Whether values may be read: on a GPU that is a sync, and to torch.compile the end of the graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neox_kernels import RotaryEmbedding
 from neox_kernels.models import heads
-from neox_kernels.models.activations import activation
+from neox_kernels.models.activations import activated, activation
 from neox_kernels.models.configuration import GPTNeoXConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
 from neox_kernels.models.forward import Forward, may_overwrite, watched
@@ -51,7 +51,7 @@ class GPTNeoXMLP(nn.Module):
         self.act = activation(config.hidden_act)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden)))
+        out: Tensor = self.dense_4h_to_h(activated(self.dense_h_to_4h, self.act, hidden))
         return out
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_kernels.models import heads
-from neox_kernels.models.activations import activation
+from neox_kernels.models.activations import activated, activation
 from neox_kernels.models.configuration import GPTJConfig, ModelConfig
 from neox_kernels.models.decoder import Decoder
 from neox_kernels.models.forward import Forward, may_overwrite
@@ -52,7 +52,7 @@ class GPTJMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.fc_out(self.act(self.fc_in(hidden))))
+        out: Tensor = self.dropout(self.fc_out(activated(self.fc_in, self.act, hidden)))
         return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neox_kernels import memory
-from neox_kernels.models.forward import may_overwrite
+from neox_kernels.models.forward import may_stand_for
 
 _COLUMNS = 2048  # of the vocabulary at a time: what they give stays in the cache until it is converted
 
@@ -26,7 +26,7 @@ def logits_of(head: nn.Linear, hidden: Tensor, dtype: torch.dtype | None = None)
         (..., vocab_size).
     """
     shape = (*hidden.shape[:-1], head.out_features)
-    if not _may_write(head, hidden) or math.prod(shape) * hidden.dtype.itemsize < memory.LARGE:
+    if not may_stand_for(head, hidden) or math.prod(shape) * hidden.dtype.itemsize < memory.LARGE:
         logits: Tensor = head(hidden)
         return logits if dtype is None else logits.to(dtype)
     rows, weight, bias = hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias
@@ -38,13 +38,3 @@ def logits_of(head: nn.Linear, hidden: Tensor, dtype: torch.dtype | None = None)
             some = slice(begin, begin + _COLUMNS)
             out[:, some] = F.linear(rows, weight[some], None if bias is None else bias[some])
     return out.view(shape)
-
-
-def _may_write(head: nn.Linear, hidden: Tensor) -> bool:
-    """Whether memory may be filled in place of a call: no gradient, hook, compiler, cast or other class."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in head.parameters())):
-        return False
-    plain = all(type(x) in (Tensor, nn.Parameter) for x in (hidden, *head.parameters()))
-    return plain and may_overwrite(head) and hidden.device.type == "cpu" and hidden.dtype == head.weight.dtype

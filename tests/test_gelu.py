@@ -100,6 +100,39 @@ def test_strides(dtype: torch.dtype, served: str) -> None:
         assert gelu_tanh(view).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 50, 3072), (3, 7), (1,), (16385,), (700, 33), (0, 5), (5, 0)], ids=str)
+def test_in_place_with_a_bias(shape: tuple[int, ...], dtype: torch.dtype, served: str) -> None:
+    x, bias = randn(*shape).to(dtype), randn(shape[-1], scale=1.0).to(dtype)
+    same, truth = gelu(x + bias, approximate="tanh"), by_formula(x.double() + bias.double())
+    apart = gelu_tanh(x, bias)
+    for given in (bias, torch.stack((bias, bias), 1)[:, 0]):
+        written = x.clone()
+        got = gelu_tanh(written, given, inplace=True)
+        assert got is written and written._version > 0
+        for result in (apart, got):
+            assert_within_budget(result, same, truth)
+    alone = x.clone()
+    assert torch.equal(gelu_tanh(alone, inplace=True), gelu_tanh(x))
+    if len(shape) == 1:  # a bias within what is written
+        within = x.clone()
+        assert_within_budget(
+            gelu_tanh(within, within, inplace=True), gelu(2 * x, approximate="tanh"), by_formula(2 * x.double())
+        )
+
+
+def test_gradient_of_the_bias(served: str) -> None:
+    x, bias = randn(4, 30).requires_grad_(), randn(30, scale=1.0).requires_grad_()
+    got = torch.autograd.grad(gelu_tanh(x, bias).sum(), (x, bias))
+    expected = torch.autograd.grad(by_formula(x + bias).sum(), (x, bias))
+    torch.testing.assert_close(got, expected)
+    for given in ((x, None), (x.detach(), bias)):
+        with pytest.raises(ValueError, match="inplace must be False"):
+            gelu_tanh(*given, inplace=True)
+    with torch.no_grad():
+        gelu_tanh(x.clone(), bias, inplace=True)
+
+
 def test_float64_is_served_by_the_reference() -> None:
     x = randn(50).double()
     assert torch.equal(gelu_tanh(x), reference.gelu_tanh(x))
@@ -130,6 +163,8 @@ def test_opcheck_and_compile() -> None:
     x = randn(5, 33)
     torch.library.opcheck(torch.ops.neox_kernels.gelu_tanh.default, (x.clone().requires_grad_(),))
     torch.library.opcheck(torch.ops.neox_kernels.gelu_tanh.inference, (x,))
+    torch.library.opcheck(torch.ops.neox_kernels.gelu_tanh_.default, (x.clone(), x[0]))
+    torch.library.opcheck(torch.ops.neox_kernels.gelu_tanh_.default, (x.clone(), None))
     whole = torch.compile(gelu_tanh, fullgraph=True)
     torch.testing.assert_close(whole(x), gelu_tanh(x), rtol=0, atol=0)
     y = x.clone().requires_grad_()
@@ -143,6 +178,21 @@ def test_bad_input() -> None:
         gelu_tanh([1.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"float16 or float64, not torch\.int64"):
         gelu_tanh(torch.ones(3, dtype=torch.int64))
+    x = randn(4, 6)
+    with pytest.raises(TypeError, match="bias must be a tensor, not list"):
+        gelu_tanh(x, [1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"bias must be torch\.float32 like x, not torch\.float64"):
+        gelu_tanh(x, x[0].double())
+    for bias in (x, x[0, :1], x[0, 0]):
+        with pytest.raises(ValueError, match="bias must be of the last dimension of x"):
+            gelu_tanh(x, bias)
+        if compiled.load_error is None:
+            with pytest.raises(ValueError, match="bias must be of the last dimension of x"):
+                torch.ops.neox_kernels.gelu_tanh_(x, bias)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        gelu_tanh(x.T, inplace=True)
+    with pytest.raises(TypeError, match="inplace must be True or False"):
+        gelu_tanh(x, inplace=1)  # type: ignore[arg-type]
 
 
 def test_a_gpu_is_served_by_pytorch() -> None:
