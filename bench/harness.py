@@ -19,8 +19,10 @@ def host_sampler(clock: Callable[[], float] = time.process_time, sample_seconds:
     (``time.perf_counter``) measures the neighbours too. Short calls are repeated to fill a sample."""
 
     def warm_up(call: Call) -> Callable[[], float]:
+        start, calls = clock(), 1
         call()
-        start, calls = clock(), 0
+        if clock() - start < sample_seconds:  # else it is long enough, and was warm: it has been checked
+            start, calls = clock(), 0
         while clock() - start < sample_seconds / 4:
             call()
             calls += 1

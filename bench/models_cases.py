@@ -37,14 +37,15 @@ def pair(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def exact_logits(case: Case) -> Tensor:
-    """Of the first sequence, by transformers' eager code in float64."""
+def truth_of(case: Case) -> tuple[Tensor, Tensor]:
+    """The logits of the first sequence, by transformers' eager code in float64 and in the dtype of the case."""
     theirs, _ = pair(case.shape, case.dtype, case.device)
     exact = type(theirs)(theirs.config).double()
     exact.load_state_dict({name: x.double() for name, x in theirs.state_dict().items()})
-    exact.set_attn_implementation("eager")
-    logits: Tensor = exact.eval().to(case.device)(tokens_of(case)[:1]).logits
-    return logits
+    tokens = tokens_of(case)[:1]
+    for model in (exact, theirs):
+        model.set_attn_implementation("eager")
+    return exact.eval().to(case.device)(tokens).logits, theirs(tokens).logits
 
 
 def tokens_of(case: Case) -> Tensor:
@@ -119,9 +120,7 @@ class Logits(Work):
 
     def check(self, result: Any) -> None:
         """The numbers policy on the first sequence: at most twice the error of transformers' eager code."""
-        same = self._transformers("eager")()
-        assert isinstance(same, Tensor)
-        truth, same = exact_logits(self.case), same[:1]
+        truth, same = truth_of(self.case)
         error, budget = max_error(result[:1].to(same.dtype), truth), error_budget(same, truth)
         if not error <= budget:
             raise AssertionError(f"{self.case}: error {error:.3g}, above the budget of {budget:.3g}")

@@ -73,7 +73,7 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for family in (models_cases.FAMILY, swap_cases.FAMILY):
             if name in family.shapes:
                 monkeypatch.setitem(family.shapes, name, tiny)
-    caches = models_cases.pair, models_cases.exact_logits, swap_cases.models_of, swap_cases.truth_of
+    caches = models_cases.pair, models_cases.truth_of, swap_cases.models_of, swap_cases.truth_of
     for cached in caches:
         cached.cache_clear()
     yield
