@@ -2,6 +2,7 @@
 
 from neox_kernels.models.cache import KVCache
 from neox_kernels.models.configuration import GPTJConfig, GPTNeoXConfig
+from neox_kernels.models.generation_config import GenerationConfig
 from neox_kernels.models.gpt_neox import (
     GPTNeoXForCausalLM,
     GPTNeoXForQuestionAnswering,
@@ -16,6 +17,7 @@ from neox_kernels.models.gptj import (
     GPTJForTokenClassification,
     GPTJModel,
 )
+from neox_kernels.models.outputs import GenerateOutput
 
 __all__ = [
     "GPTJConfig",
@@ -30,5 +32,7 @@ __all__ = [
     "GPTNeoXForSequenceClassification",
     "GPTNeoXForTokenClassification",
     "GPTNeoXModel",
+    "GenerateOutput",
+    "GenerationConfig",
     "KVCache",
 ]

@@ -181,10 +181,20 @@ class KVCache:
         """Forget every token; the buffers of a cache with ``max_length`` stay."""
         self.length = 0
 
-    def reorder(self, index: Tensor) -> None:
-        """Let sequence b be what sequence ``index[b]`` was, for beam search; ``index`` (batch,) of any length."""
+    def reorder(self, index: Tensor, start: int = 0) -> None:
+        """Let sequence b be what sequence ``index[b]`` was, for beam search; ``index`` (batch,) of any length.
+
+        Args:
+            start: tokens that the sequences which change places have in common. Behind them the cache's own buffers are
+                written in place, as long as ``index`` is as long as the batch.
+        """
         if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"index must be one-dimensional and of integers, not {tuple(index.shape)} {index.dtype}")
+        in_place = start > 0 and all(self._own[: self.num_layers]) and len(index) == self.batch
+        if in_place:
+            for x in (x[:, start : self.length] for pair in self._pairs() for x in pair):
+                x.copy_(x.index_select(0, index.to(x.device)))
+            return
         pairs = [
             (k.index_select(0, index.to(k.device)), v.index_select(0, index.to(v.device))) for k, v in self._pairs()
         ]

@@ -12,6 +12,7 @@ from neox_kernels.models import losses
 from neox_kernels.models.base import PretrainedModel
 from neox_kernels.models.decoder import Decoder
 from neox_kernels.models.forward import require_integers
+from neox_kernels.models.generation import Generates
 from neox_kernels.models.logits import logits_of
 from neox_kernels.models.outputs import (
     CausalLMOutput,
@@ -71,7 +72,7 @@ class WithHead(PretrainedModel):
         self.to("cpu")
 
 
-class CausalLM(WithHead):
+class CausalLM(Generates, WithHead):
     """A language model."""
 
     head_name = "lm_head"

@@ -85,3 +85,29 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """Of ``generate``: what a run for each new token gave, as a tuple in their order, where it is asked for.
+
+    Attributes:
+        sequences: (rows, length), the prompts, unless they came as embeddings, and the new tokens.
+        sequences_scores: of a beam search, (rows,), by which the sequences are ranked.
+        scores: (rows, vocab_size) each, from which tokens were taken; of a beam search log-probabilities of all beams.
+        logits: (rows, vocab_size) each, as the model gave them, in float32.
+        beam_indices: of a beam search, (rows, new tokens), the row of the beam that each token continued; -1 behind
+            the end.
+        attentions, hidden_states: of each run, what the model gave.
+        past_key_values: the cache, with all of ``sequences`` but the last token in it; None of a beam search, whose
+            cache is that of the open beams.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: KVCache | None = None
