@@ -68,6 +68,7 @@ class Complete:
         return sequences, beams
 
 
+@torch.no_grad()
 def search(run: Run) -> GenerateOutput:
     """Run beam search to its end, with the rules of transformers."""
     decoding, config, beams = run.decoding, run.config, run.config.num_beams

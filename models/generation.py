@@ -22,7 +22,6 @@ from neox_kernels.models.sampling import LogitsProcessor, Stops, processors
 class Generates(PretrainedModel):
     """A language model that continues text."""
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""Prompts, and generate of both sides."""
+"""Models whose text varies, prompts for them, and generate of both sides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ from neox_kernels.models import GenerateOutput
 EOS = [7, 11, 23]
 
 
-def both(family: str, **changes: Any) -> tuple[Any, Any]:
-    return pair(family, eos_token_id=EOS, **changes)
+def talkers(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
+    """transformers' model and ours, whose next token hangs on all that came: other random ones say one word forever."""
+    theirs, ours = pair(family, dtype=dtype, **changes)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.05 * noise + name.endswith("weight"))
+            else:
+                parameter.copy_(
+                    noise * (0.3 if "embed_in" in name or "wte" in name else 3 * parameter.shape[1] ** -0.5)
+                )
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
 
 
 def prompts(padding: str, seed: int = 1) -> dict[str, Tensor]:
@@ -37,7 +50,7 @@ def generated(ours: Any, **arguments: Any) -> GenerateOutput:
     return output
 
 
-def ends(ours: Any, inputs: dict[str, Tensor]) -> list[int]:
-    """End tokens which greedy sequences of these prompts have at different places."""
-    free = ours.generate(**inputs, max_new_tokens=16, eos_token_id=())[:, 13:]
-    return [int(free[0, 3]), int(free[1, 7])]
+def ends(ours: Any, inputs: dict[str, Tensor], **changes: Any) -> list[int]:
+    """End tokens which sequences of these prompts have at different places."""
+    free = ours.generate(**inputs, max_new_tokens=12, eos_token_id=(), **changes)[:, 13:]
+    return [int(free[0, 4]), int(free[1, 8])]

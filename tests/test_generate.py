@@ -11,8 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from generate_cases import EOS, both, ends, generated, prompts, theirs_generates
-from model_cases import FAMILIES, PAD, VOCAB, Errors, batch, in_float64, pair
+from generate_cases import EOS, ends, generated, prompts, talkers, theirs_generates
+from model_cases import FAMILIES, PAD, VOCAB, Errors, batch, in_float64
 
 from neox_kernels.models import GenerateOutput, KVCache
 
@@ -24,7 +24,7 @@ SEEDS = range(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_against_transformers(family: str, padding: str) -> None:
     """The same tokens, whatever computes attention, and sequences that end at different lengths."""
-    theirs, ours = pair(family)
+    theirs, ours = talkers(family)
     lengths = set()
     for seed, ours.attn_implementation in enumerate(IMPLEMENTATIONS):
         inputs = batch(padding, seed)
@@ -46,7 +46,7 @@ def test_greedy_against_transformers(family: str, padding: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_in_bfloat16(family: str) -> None:
     """Tokens may differ there, so the logits of the sequences that came are held against transformers'."""
-    theirs, ours = pair(family, dtype=torch.bfloat16)
+    theirs, ours = talkers(family, dtype=torch.bfloat16)
     exact, errors = in_float64(theirs), Errors()
     for seed in SEEDS:
         tokens = batch(seed=seed)["input_ids"]
@@ -62,7 +62,7 @@ def test_numbers_in_bfloat16(family: str) -> None:
 @pytest.mark.parametrize("padding", ["left", "right", "both", "holes"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_is_its_own_run(family: str, padding: str) -> None:
-    _, ours = pair(family)
+    _, ours = talkers(family)
     for seed in SEEDS[:2]:
         inputs = prompts(padding, seed)
         eos = ends(ours, inputs)
@@ -79,7 +79,7 @@ def test_each_row_is_its_own_run(family: str, padding: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_cache(family: str) -> None:
-    _, ours = pair(family)
+    _, ours = talkers(family)
     for padding in ("none", "left", "right"):
         inputs = batch(padding)
         changes = {"max_new_tokens": 12, "eos_token_id": EOS, "output_logits": True}
@@ -93,7 +93,7 @@ def test_without_a_cache(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stop_sequences(family: str) -> None:
     """A row ends behind the first of its stop sequences, and not before its minimum; others go on."""
-    _, ours = pair(family)
+    _, ours = talkers(family)
     for seed in SEEDS:
         inputs = batch(seed=seed)
         free = ours.generate(**inputs, max_new_tokens=16, eos_token_id=())[:, 13:]
@@ -119,7 +119,7 @@ def end_of(row: list[int], stops: list[list[int]], least: int) -> int:
 @torch.no_grad()
 def test_a_stop_sequence_is_of_new_tokens() -> None:
     """What the prompt ends with is no part of it."""
-    _, ours = pair("GPTNeoX")
+    _, ours = talkers("GPTNeoX")
     tokens = batch(rows=1)["input_ids"]
     free = ours.generate(tokens, max_new_tokens=5, eos_token_id=())
     stop = free[0, 12:14].tolist()
@@ -132,7 +132,7 @@ def test_a_stop_sequence_is_of_new_tokens() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_as_prompts(family: str, padding: str) -> None:
     """They give the new tokens only; lengths count them."""
-    _, ours = pair(family)
+    _, ours = talkers(family)
     inputs = batch(padding)
     embeds = ours.get_input_embeddings()(inputs["input_ids"])
     mask = inputs.get("attention_mask")
@@ -152,7 +152,7 @@ def test_embeddings_as_prompts(family: str, padding: str) -> None:
 
 def test_processors_of_the_caller() -> None:
     """They come between the penalty and what only draws, see what there is, and may write into their scores."""
-    theirs, ours = both("GPTJ")
+    theirs, ours = talkers("GPTJ")
     inputs, seen = batch("left"), []
 
     def forbid(tokens: Tensor, scores: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def test_processors_of_the_caller() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_given_on_request(family: str) -> None:
-    theirs, ours = both(family)
+    theirs, ours = talkers(family)
     ours.attn_implementation = "eager"
     inputs = batch("left")
     asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -199,7 +199,7 @@ def test_what_is_given_on_request(family: str) -> None:
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_a_stream_is_the_run_in_steps(padding: str) -> None:
-    _, ours = pair("GPTJ")
+    _, ours = talkers("GPTJ")
     inputs, cache = batch(padding), KVCache()
     whole = ours.generate(**inputs, max_new_tokens=12, eos_token_id=EOS)
     stream = ours.stream(**inputs, max_new_tokens=12, eos_token_id=EOS, past_key_values=cache)
@@ -214,7 +214,7 @@ def test_a_stream_is_the_run_in_steps(padding: str) -> None:
 
 def test_nothing_is_left_behind() -> None:
     """Inputs, the model's mode and global state are as they were; no graph is built."""
-    _, ours = pair("GPTNeoX")
+    _, ours = talkers("GPTNeoX")
     inputs = batch("right")
     before = copy.deepcopy(inputs)
     state = torch.get_rng_state()
