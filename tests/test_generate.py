@@ -169,6 +169,9 @@ def test_processors_of_the_caller() -> None:
     assert torch.equal(ours.generate(**inputs, **changes, logits_processor=[forbid, prefer]), expected)
     assert all(torch.equal(x, y) for x, y in zip(seen, theirs_saw, strict=True))
     assert not torch.equal(ours.generate(**inputs, **changes, logits_processor=prefer), expected)
+    changes["repetition_penalty"] = 1.0  # which would copy the scores
+    output = generated(ours, **inputs, **changes, logits_processor=forbid, output_logits=True)
+    assert all(torch.isfinite(logits).all() for logits in output.logits), "they are as the model gave them"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

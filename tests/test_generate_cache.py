@@ -104,6 +104,12 @@ def test_forks(family: str) -> None:
         ways[0], past_key_values=first.past_key_values, do_sample=True, seed=1, num_return_sequences=4, **NEW
     )
     assert torch.equal(many, ours.generate(ways[0], do_sample=True, seed=1, num_return_sequences=4, **NEW))
+    drawn = generated(ours, input_ids=tokens, do_sample=True, seed=1, num_return_sequences=4, **NEW)
+    further = after(drawn.sequences)
+    expected = ours.generate(further, max_new_tokens=20, eos_token_id=())
+    assert torch.equal(
+        ours.generate(further, past_key_values=drawn.past_key_values, max_new_tokens=20, eos_token_id=()), expected
+    )
     first.past_key_values.crop(kept[0])
     assert_same(contents(first.past_key_values), kept)
 
