@@ -153,6 +153,8 @@ def needs_gpu(case: Case, what: str) -> None:
 
 
 def compile_for_shape(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By torch.compile, for the shapes of the first call alone."""
+    """By torch.compile, for the shapes of the first call alone. What other cases compiled is forgotten: after some
+    recompilations of a function torch would leave it as it is."""
+    torch.compiler.reset()
     compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
     return compiled

@@ -59,7 +59,7 @@ def run(
     try:
         with torch.no_grad(), _progress(console) as progress:
             for family, case in progress.track(cases, description=""):
-                progress.update(progress.task_ids[0], description=str(case))
+                progress.update(progress.task_ids[0], description=str(case), refresh=True)
                 _measure(record, family, case, options, timing.rounds or family.rounds, sampler, console)
         record.complete = True
     except KeyboardInterrupt:

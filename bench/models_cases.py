@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neox_kernels import models
 from neox_kernels.bench import ctranslate2_peer
-from neox_kernels.bench.case import Absent, Case, Family, Work
+from neox_kernels.bench.case import Absent, Case, Family, Work, compile_for_shape
 from neox_kernels.bench.harness import Call
 from neox_kernels.testing import error_budget, max_error
 
@@ -108,7 +108,7 @@ class Logits(Work):
 
     def _compiled(self) -> Call:
         """transformers' model by torch.compile, with its own choice of attention."""
-        fast = torch.compile(self.theirs, dynamic=False)
+        fast = compile_for_shape(self.theirs)
         options = {"output_attentions": self.attentions, "use_cache": False}
         self.theirs.set_attn_implementation("sdpa" if self.theirs._supports_sdpa and not self.attentions else "eager")
         return self.call_of(lambda tokens, model: fast(tokens, **options).logits)

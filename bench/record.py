@@ -125,7 +125,11 @@ class Record:
 
     def write(self, path: Path) -> None:
         """In one step: a reader finds the old file or the new one, never half of one."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        whole = {"format": FORMAT, **asdict(self)}
+        for case in whole["cases"]:
+            for result in case["results"]:
+                result["samples"] = [float(f"{seconds:.5g}") for seconds in result["samples"]]
+        text = json.dumps(whole, separators=(",", ":"))
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         with os.fdopen(descriptor, "w") as file:
             file.write(text + "\n")
