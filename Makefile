@@ -1,4 +1,5 @@
 # make demo | test | lint | bench: each makes its own .venv and builds the compiled library as needed.
+# make bench is a short run of minutes; make bench ARGS='--full --backward' takes hours.
 # PYTHON names the interpreter of a new .venv, TORCH what pip installs as torch, EXTRAS the package's extras (with
 # cuda-test nvcc comes from PyPI), ARGS what is passed on to the tool.
 # The NEOX_KERNELS_* variables (see setup.py) take effect when the library is built: `make build` after `make clean`.

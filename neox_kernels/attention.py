@@ -77,7 +77,8 @@ def attention(
         output_attentions: also return the probabilities, after head mask and dropout.
         implementation: "flash_attention_2" (the flash-attn package, or torch's varlen attention on a GPU; what it
             cannot serve goes on to the next, with one warning), "sdpa" (PyTorch's scaled_dot_product_attention),
-            "fused" (matmul, :func:`causal_softmax`, matmul), "eager" (plain PyTorch, as the families define it; the
+            "fused" (matmul, :func:`causal_softmax`, matmul; plain causal calls without a gradient in one pass of our
+            own, on a CPU with AVX-512 or, in bfloat16, AMX), "eager" (plain PyTorch, as the families define it; the
             oracle), or "auto".
         upcast_scores: multiply q and k in float32, as GPT-J does, in ``fused`` and ``eager``; the others hold scores in
             float32 anyway.

@@ -88,8 +88,9 @@ def _operands(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 def _in_one_pass(call: Call) -> bool:
     """Whether a kernel that holds no scores can serve, and is faster than products and softmax apart.
 
-    By the measurements of ``bench/run.py attention`` on one thread: 12 heads of 64 at (4, 512) take 0.55 of the time of
-    PyTorch's SDPA, squares of 32 to 2048 tokens 0.35 to 0.95. For few queries it costs too much to sort the keys.
+    By the measurements of ``neox-kernels bench attention`` on one thread: 12 heads of 64 at (4, 512) take 0.55 of the
+    time of PyTorch's SDPA, squares of 32 to 2048 tokens 0.35 to 0.95. For few queries it costs too much to sort the
+    keys.
     """
     masks = call.masks
     plain = masks.causal and masks.attn_mask is None and masks.key_padding_mask is None and call.head_mask is None
