@@ -2,21 +2,15 @@
 
 # No `from __future__ import annotations`: typer evaluates the annotations of its commands, which are local to _app().
 
-import importlib
-import json
-import platform
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 
 import neox_kernels
-from neox_kernels import compiled
-from neox_kernels.bench import machine
+from neox_kernels.info import print_info
 
 if TYPE_CHECKING:
     import typer
@@ -157,6 +151,47 @@ def _app() -> "typer.Typer":
         raise typer.Exit(command.run(cases, options, command.Timing(threads, wall, rounds), writers, line))
 
     @app.command()
+    def generate(
+        folder: Annotated[Path, typer.Argument(help="A checkpoint: config.json, safetensors, tokenizer.json.")],
+        prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from standard input.")],
+        max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may follow.")] = 64,
+        temperature: Annotated[float | None, typer.Option(help="Draw tokens, their scores divided by this.")] = None,
+        top_k: Annotated[int | None, typer.Option(help="Draw from so many likely tokens.")] = None,
+        top_p: Annotated[float | None, typer.Option(help="Draw from tokens of this probability together.")] = None,
+        min_p: Annotated[float | None, typer.Option(help="Draw from tokens of this share of the best.")] = None,
+        seed: Annotated[int | None, typer.Option(help="Draw, and the same again with the same seed.")] = None,
+        repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
+        num_beams: Annotated[int, typer.Option(min=1, help="Beam search; the text comes at the end.")] = 1,
+        stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = "",
+        device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
+        threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON with timings and nothing else.")] = False,
+    ) -> None:
+        """Continue a prompt by a checkpoint of GPT-NeoX or GPT-J, as the tokens come.
+
+        The most likely token each time; with --temperature, --top-k, --top-p, --min-p or --seed they are drawn. The
+        JSON has prompt, text, prompt_tokens, new_tokens, finish ("end", "stop", "length", "interrupted") and seconds:
+        load, first_token and each_token. Ctrl-C keeps the text so far, and ends with 130.
+        """
+        try:
+            from neox_kernels import text
+        except ModuleNotFoundError as error:
+            sys.exit(f'To generate needs {error.name}: pip install "neox-kernels[generate]"')
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        settings = {name: value for name, value in drawn.items() if value is not None}
+        settings |= {"do_sample": True} if settings else {}
+        settings |= {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty, "num_beams": num_beams}
+        if threads:
+            torch.set_num_threads(threads)
+        words = sys.stdin.read() if prompt == "-" else prompt
+        try:
+            finish = text.show(folder, words, settings, stop or [], dtype, device, json)
+        except (ValueError, OSError) as error:
+            sys.exit(f"neox-kernels generate: {error}")
+        raise typer.Exit(130 if finish == "interrupted" else 0)
+
+    @app.command()
     def kernel_report(
         arch: Annotated[
             list[str] | None,
@@ -209,90 +244,3 @@ def check_writable(path: Path | None) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
     if not existed:
         path.unlink()
-
-
-def information() -> dict[str, Any]:
-    """What ``neox-kernels info --json`` prints."""
-    return {
-        "versions": {
-            "neox_kernels": neox_kernels.__version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            **{name: machine.version(name) for name in ("torch", "triton", "transformers", "flash-attn")},
-        },
-        "devices": list(_devices()),
-        "backends": [asdict(choice) for choice in neox_kernels.explain()],
-        "compiled": {
-            "loaded": compiled.load_error is None,
-            "reason": compiled.load_error,
-            "cpu_isa": compiled.cpu_isa() if compiled.load_error is None else None,
-            "build": compiled.build_config,
-            **_build_module(),
-        },
-    }
-
-
-def _devices() -> Iterator[dict[str, Any]]:
-    yield {"device": "cpu", "name": machine.cpu_name(), "threads": torch.get_num_threads()}
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        yield {"device": f"cuda:{index}", "name": properties.name, "capability": capability}
-
-
-def _build_module() -> dict[str, Any]:
-    """What the optional pybind11 module says of the build and of this processor."""
-    try:
-        module: Any = importlib.import_module("neox_kernels._build")
-    except ImportError as error:
-        return {"build_info": None, "build_info_reason": str(error), "processor": None}
-    return {"build_info": module.info(), "build_info_reason": None, "processor": module.cpu()}
-
-
-def print_info(as_json: bool) -> None:
-    facts = information()
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-
-    def table(title: str, rows: Iterator[tuple[str, ...]], *columns: str) -> None:
-        grid = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns), header_style="")
-        for column in columns or ("", ""):
-            grid.add_column(column, overflow="fold")
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
-
-    table("Versions", ((name, version or "not installed") for name, version in facts["versions"].items()))
-    table("Devices", ((device.pop("device"), _listed(device, ", ")) for device in facts["devices"]))
-    table("Backends", _backend_rows(facts["backends"]), "op", "device", "served by", "and not by")
-    table("Compiled library", _compiled_rows(facts["compiled"]))
-
-
-def _listed(facts: dict[str, Any], between: str) -> str:
-    return between.join(f"{name}: {value}" for name, value in facts.items())
-
-
-def _backend_rows(choices: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    for choice in choices:
-        yield choice["op"], choice["device"], choice["backend"] or "none", _listed(choice["reasons"], "\n")
-
-
-def _compiled_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    build = facts["build"]
-    yield "library", "loaded" if facts["loaded"] else facts["reason"]
-    if build:
-        yield "CPU instruction sets", f"{', '.join(build['cpu_isas']) or 'none'}; in use: {facts['cpu_isa'] or 'none'}"
-        archs = f"{', '.join(build['cuda_archs'])} by nvcc {build['nvcc']}" if build["cuda"] else build["cuda_reason"]
-        yield "CUDA", archs
-        yield "compiler", build["compiler"] or "none"
-        yield "torch", f"from {build['torch_target']} on; headers of {build['torch_headers'] or 'none'}"
-    has = facts["processor"]
-    if has is None:
-        yield "this processor", f"unknown: {facts['build_info_reason']}"
-    else:
-        yield "this processor", ", ".join(name for name, present in has.items() if present) or "nothing that is used"

@@ -70,17 +70,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("jinja2", "markupsafe", "matplotlib", "pytest", "rich"),
         *("ctranslate2", "flash_attn", "liger_kernel", "numpy", "transformers"),  # peers
     },
+    "neox_kernels.info": {*API, "neox_kernels.bench", "neox_kernels.compiled", "rich"},
+    "neox_kernels.text": {"torch", "tokenizers", "neox_kernels.models"},
     "neox_kernels.cli": {
         *API,
-        *(f"neox_kernels.{name}" for name in ("bench", "compiled", "demo", "kernel_report", "models")),
+        *(f"neox_kernels.{name}" for name in ("bench", "demo", "info", "kernel_report", "models", "text")),
         "typer",
         "rich",
     },
     "neox_kernels.__main__": {"neox_kernels.cli"},
 }
 # Only where a function runs, or for type checkers: whoever imports the package has not asked for them ...
-LAZY = ("integrations", "bench", "cli", "demo", "models", "kernels", "kernel_report")
-OPTIONAL = ("transformers", "triton", "flash_attn", "matplotlib", "safetensors", "typer", "rich", "numpy")
+LAZY = ("integrations", "bench", "cli", "demo", "info", "models", "kernels", "kernel_report", "text")
+OPTIONAL = ("transformers", "triton", "flash_attn", "matplotlib", "safetensors", "tokenizers", "typer", "rich", "numpy")
 # ... but where they are asked for.
 ASKED_FOR = tuple(f"neox_kernels.{name}" for name in (*LAZY, "__main__"))
 

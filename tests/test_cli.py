@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 import neox_kernels
-from neox_kernels import backends, cli
+from neox_kernels import backends, cli, info
 
 TINY = ("demo", "--layers", "1", "--width", "64", "--seqlen", "16", "--seconds", "0")
 
@@ -71,8 +71,8 @@ def test_info_json() -> None:
 def test_info_without_a_compiled_library(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"ext": False, "cpu_isas": [], "cuda_archs": [], "nvcc": None, "cuda": False, "compiler": None}
     record |= {"cuda_reason": "nvcc was not found", "torch_target": "2.10", "torch_headers": None}
-    monkeypatch.setattr(cli.compiled, "build_config", record)
-    monkeypatch.setattr(cli.compiled, "load_error", "no C++ compiler")
+    monkeypatch.setattr(info.compiled, "build_config", record)
+    monkeypatch.setattr(info.compiled, "load_error", "no C++ compiler")
     monkeypatch.setitem(sys.modules, "neox_kernels._build", None)
     for words in ("no C++ compiler", "nvcc was not found", "this processor", "unknown"):
         assert words in run("info").stdout
