@@ -68,7 +68,7 @@ def test_every_family_checks_every_contender(name: str, tmp_path: Path) -> None:
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, config in models_cases.CONFIGS.items():
         tiny = copy.deepcopy(config)
-        tiny.vocab_size, tiny.num_hidden_layers = 96, 2
+        tiny.vocab_size, tiny.num_hidden_layers = 2000, 2  # of fewer logits the largest error hangs on chance
         tiny.bos_token_id = tiny.eos_token_id = 0
         for family in (models_cases.FAMILY, swap_cases.FAMILY):
             if name in family.shapes:
@@ -82,7 +82,7 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_whole_models(tiny_models: None, tmp_path: Path) -> None:
-    record = bench(tmp_path, "models", "--grid", "2x9")
+    record = bench(tmp_path, "models", "--grid", "2x40")
     found = {(case.shape, case.kind, case.dtype): {result.name for result in case.results} for case in record.cases}
     assert len(found) == 3 * 2 * 2
     for (shape, kind, dtype), names in found.items():
