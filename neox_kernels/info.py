@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import neox_kernels
 from neox_kernels import compiled
-from neox_kernels.bench import machine
 
 
 def information() -> dict[str, Any]:
@@ -23,7 +24,7 @@ def information() -> dict[str, Any]:
             "neox_kernels": neox_kernels.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            **{name: machine.version(name) for name in ("torch", "triton", "transformers", "flash-attn")},
+            **{name: version(name) for name in ("torch", "triton", "transformers", "flash-attn")},
         },
         "devices": list(_devices()),
         "backends": [asdict(choice) for choice in neox_kernels.explain()],
@@ -37,8 +38,22 @@ def information() -> dict[str, Any]:
     }
 
 
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _devices() -> Iterator[dict[str, Any]]:
-    yield {"device": "cpu", "name": machine.cpu_name(), "threads": torch.get_num_threads()}
+    yield {"device": "cpu", "name": cpu_name(), "threads": torch.get_num_threads()}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"

@@ -66,11 +66,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "neox_kernels.kernel_report": {*API, "neox_kernels.kernels", "neox_kernels.kernel_report", "triton", "rich"},
     "neox_kernels.bench": {
         *API,
-        *(f"neox_kernels.{name}" for name in ("attention", "bench", "compiled", "kernels", "models", "reference")),
+        *(
+            f"neox_kernels.{name}"
+            for name in ("attention", "bench", "compiled", "info", "kernels", "models", "reference")
+        ),
         *("jinja2", "markupsafe", "matplotlib", "pytest", "rich"),
         *("ctranslate2", "flash_attn", "liger_kernel", "numpy", "transformers"),  # peers
     },
-    "neox_kernels.info": {*API, "neox_kernels.bench", "neox_kernels.compiled", "rich"},
+    "neox_kernels.info": {*API, "neox_kernels.compiled", "rich"},
     "neox_kernels.text": {"torch", "tokenizers", "neox_kernels.models"},
     "neox_kernels.cli": {
         *API,
