@@ -41,6 +41,8 @@ def load(folder: Path, dtype: str = "", device: str = "cpu") -> tuple[Any, Any]:
     """The model and the tokenizer of a folder. Raises ValueError or OSError where it has none, or no known ones."""
     if dtype and dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, not {device}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
     for name in ("config.json", "tokenizer.json"):
@@ -49,7 +51,10 @@ def load(folder: Path, dtype: str = "", device: str = "cpu") -> tuple[Any, Any]:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"model_type of {folder / 'config.json'} must be one of {', '.join(CLASSES)}, not {kind!r}")
-    tokenizer = Tokenizer.from_file(os.fspath(folder / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(os.fspath(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer: {error}") from error
     model = CLASSES[kind].from_pretrained(folder, dtype=DTYPES[dtype] if dtype else None, device=device)
     return model.eval(), tokenizer
 

@@ -115,6 +115,7 @@ def test_what_is_wrong_is_said(folder: Path, tmp_path: Path) -> None:
         return str(done.output)
 
     assert "has no config.json" in said(tmp_path / "nowhere", PROMPT)
+    assert "--device must be cpu or cuda, not tpu" in said(folder, PROMPT, "--device", "tpu")
     assert "--dtype must be one of float32" in said(folder, PROMPT, "--dtype", "float8")
     assert "at least one token" in said(folder, "")
     assert "at least one character" in said(folder, PROMPT, "--stop", "")
@@ -123,6 +124,8 @@ def test_what_is_wrong_is_said(folder: Path, tmp_path: Path) -> None:
     tokenizer["model"]["vocab"]["?"] = 500
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "tokenizer.json has token 500, and the model only 96" in said(folder, PROMPT)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json is no tokenizer" in said(folder, PROMPT)
     (folder / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in said(folder, PROMPT)
     (folder / "config.json").write_text('{"model_type": "llama"}')
