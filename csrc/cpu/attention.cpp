@@ -1,5 +1,6 @@
 // Causal attention on the CPU in one pass: a block of queries meets the keys step by step, and scores never leave the cache
-// (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). Only where attention_blocks.h has products: float32 with AVX-512, bfloat16 with AMX.
+// (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). Only where attention_blocks.h has products:
+// float32 with AVX-512, bfloat16 with AMX.
 #include "cpu/attention_blocks.h"
 
 namespace neox {
