@@ -115,12 +115,12 @@ def _measure(
             race.run_round()
     finally:
         if race.samples[OURS]:
-            found = _case_record(family, case, entered, race, options)
+            found = _case_record(case, entered, race)
             record.cases.append(found)
             _show(found, console)
 
 
-def _case_record(family: Family, case: Case, entered: Field, race: Race, options: Options) -> CaseRecord:
+def _case_record(case: Case, entered: Field, race: Race) -> CaseRecord:
     work = entered.work
     results = (Result(name, entered.roles[name], tuple(samples)) for name, samples in race.samples.items())
     return CaseRecord(

@@ -50,13 +50,40 @@ class Forward(Work):
         assert_within_budget(result, eager(self.x), eager(self.x.double()), str(self.case))
 
 
+class Bias(Forward):
+    """A bias first, as a model's linear layer has it; ours in the same pass and in place."""
+
+    signature = "function(x, bias) -> y; (batch, seqlen, features), (features,)"
+
+    def __init__(self, case: Case, shape: int) -> None:
+        super().__init__(case, shape)
+        generator = torch.Generator(case.device).manual_seed(1)
+        self.bias = torch.randn(shape, generator=generator, device=case.device).to(case.dtype)
+        self.args = self.x, self.bias
+
+    def ours(self) -> Call:
+        spare = self.x.clone()
+        return lambda: gelu_tanh(spare, self.bias, inplace=True)
+
+    def peers(self) -> dict[str, Callable[[], Call]]:
+        return {
+            "transformers": lambda: self.call_of(lambda x, bias: eager(x + bias)),
+            "compile": lambda: self.call_of(compile_for_shape(lambda x, bias: eager(x + bias))),
+            "torch": lambda: self.call_of(lambda x, bias: functional.gelu(x + bias, approximate="tanh")),
+        }
+
+    def check(self, result: Any) -> None:
+        exact = eager(self.x.double() + self.bias.double())
+        assert_within_budget(result, eager(self.x + self.bias), exact, str(self.case))
+
+
 SIZES = ((1, 1), (1, 128), (1, 512), (4, 512))
 FAMILY = Family(
     name="gelu",
     op="gelu_tanh",
-    works={"forward": Forward},
+    works={"forward": Forward, "bias": Bias},
     shapes={"gptj-12x768": 3072, "gpt-j-6b": 16384},
-    sizes={"forward": SIZES},
+    sizes={"forward": SIZES, "bias": SIZES},
     eager="transformers",
     quick=lambda case: case.shape == "gptj-12x768",
 )

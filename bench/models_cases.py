@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,24 @@ def tokens_of(case: Case) -> Tensor:
     return torch.randint(vocabulary, case.size, generator=generator).to(case.device)
 
 
+def products(linears: Sequence[torch.nn.Linear], tokens: int, case: Case) -> Call:
+    """The products of linear layers with so many tokens, into memory that is there, and nothing between them."""
+    weights = [linear.weight.detach().T for linear in linears]
+    options: dict[str, Any] = {"dtype": case.dtype, "device": case.device}
+    inputs = {width: torch.randn(tokens, width, **options) for width in {x.shape[0] for x in weights}}
+    outputs = {width: torch.empty(tokens, width, **options) for width in {x.shape[1] for x in weights}}
+
+    def call() -> None:
+        for weight in weights:
+            torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
+
+    return call
+
+
+def linears_of(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
 class Logits(Work):
     """A batch without padding."""
 
@@ -65,7 +83,7 @@ class Logits(Work):
         self.theirs, self.model = pair(case.shape, case.dtype, case.device)
         self.args, self.options = (tokens_of(case),), {"model": self.theirs}
         self.bytes = sum(x.numel() for x in self.model.parameters()) * case.dtype.itemsize  # each read once
-        self.linears = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
+        self.linears = linears_of(self.model)
         self.flops = 2 * case.size[0] * case.size[1] * sum(linear.weight.numel() for linear in self.linears)
 
     def ours(self) -> Call:
@@ -81,18 +99,7 @@ class Logits(Work):
         }
 
     def limits(self) -> dict[str, Call]:
-        """The products of every linear layer, and nothing between them."""
-        weights = [linear.weight.T for linear in self.linears]
-        tokens = self.case.size[0] * self.case.size[1]
-        options: dict[str, Any] = {"dtype": self.case.dtype, "device": self.case.device}
-        inputs = {width: torch.randn(tokens, width, **options) for width in {x.shape[0] for x in weights}}
-        outputs = {width: torch.empty(tokens, width, **options) for width in {x.shape[1] for x in weights}}
-
-        def call() -> None:
-            for weight in weights:
-                torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
-
-        return {"matrix products": call}
+        return {"matrix products": products(self.linears, self.case.size[0] * self.case.size[1], self.case)}
 
     def _transformers(self, implementation: str) -> Call:
         if implementation == "sdpa" and (self.attentions or not self.theirs._supports_sdpa):

@@ -20,18 +20,10 @@ from neox_kernels.bench.record import OURS
 
 FAMILIES = ("rotary", "softmax", "varlen", "gelu", "attention", "models", "swap")
 # Names of peers; "eager" is the one of each family that is plain PyTorch.
-PEERS: tuple[str, ...] = (
-    "eager",
-    "transformers",
-    "transformers-4",
-    "torch",
-    "indexing",
-    "sdpa",
-    "compile",
-    "flash-attn",
-    "liger",
+PEERS = (
+    *("eager", "transformers", "transformers-4", "torch", "indexing", "sdpa", "compile"),
+    *("flash-attn", "liger", "ctranslate2"),
 )
-PEERS += ("ctranslate2",)
 SLOW = ("compile",)  # only where it is asked for
 Function = Callable[..., Any]
 
@@ -246,6 +238,9 @@ def contenders(family: Family, case: Case, options: Options) -> Field:
             entered.enter(name, "peer", make(), check=not name.endswith("no mask"))
         except (ImportError, Absent, AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
             entered.refuse(name, error)
+    for name in options.against:
+        if name != "eager" and name not in (peer.partition(",")[0] for peer in work.peers()):
+            entered.absent[name] = "it has nothing of this kind"
     for owner, name, function in options.added:
         if owner == family.name and work.signature:
             try:
@@ -262,7 +257,8 @@ def contenders(family: Family, case: Case, options: Options) -> Field:
 
 def _leave_alone(work: Work, call: Call) -> None:
     """Raises AssertionError where the call changes the arguments; they are as before then."""
-    pairs = [(x, x.detach().clone()) for x in work.args if isinstance(x, Tensor)]
+    given = [x for arg in work.args for x in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(x, Tensor)]
+    pairs = [(x, x.detach().clone()) for x in given]
     call()
     changed = [(x, before) for x, before in pairs if not torch.equal(x, before)]
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 import neox_kernels
 from neox_kernels.bench.case import Absent, Case, Family, Work
 from neox_kernels.bench.harness import Call
-from neox_kernels.bench.models_cases import CONFIGS, tokens_of
+from neox_kernels.bench.models_cases import CONFIGS, linears_of, products, tokens_of
 from neox_kernels.testing import error_budget, max_error
 
 KEPT = 32  # logits that are looked at
@@ -53,12 +53,27 @@ class Swapped(Work):
     """``seqlen`` tokens without a cache. ``run`` is what every model does; it gives the last logits to look at."""
 
     signature = "function(tokens, *, model) -> logits; (batch, seqlen) int64; model: stock transformers, eager"
+    passes = 1
 
     def __init__(self, case: Case, shape: Any) -> None:
         super().__init__(case, shape)
         self.models = models_of(case.shape, case.dtype, case.device)
         self.args, self.options = (tokens_of(case),), {"model": self.models["transformers"]}
-        self.bytes = sum(x.numel() for x in self.models["transformers"].parameters()) * case.dtype.itemsize
+        stock = self.models["transformers"]
+        self.bytes = sum(x.numel() for x in stock.parameters()) * case.dtype.itemsize
+        self.linears = linears_of(stock)
+        weights = sum(linear.weight.numel() for linear in self.linears)
+        self.flops = 2 * self.tokens * weights * self.passes
+
+    @property
+    def tokens(self) -> int:
+        """That run through the model in a call."""
+        return self.case.size[0] * self.case.size[1]
+
+    def limits(self) -> dict[str, Call]:
+        """The products of the linear layers, as often as a call takes as many."""
+        once = products(self.linears, self.tokens, self.case)
+        return {"matrix products": lambda: [once() for _ in range(self.passes)]}
 
     def run(self, model: Any) -> Call:
         return self.call_of(lambda tokens, **_: model(tokens, use_cache=False).logits)
@@ -94,6 +109,10 @@ class Decode(Swapped):
 
     signature = ""
 
+    @property
+    def tokens(self) -> int:
+        return self.case.size[0]
+
     def run(self, model: Any) -> Call:
         (tokens,) = self.args
         batch, seqlen = tokens.shape
@@ -120,6 +139,7 @@ class Train(Swapped):
     """Forward and backward of a step of training."""
 
     signature = ""
+    passes = 3  # backward, for the inputs and for the weights
 
     def run(self, model: Any) -> Call:
         (tokens,) = self.args

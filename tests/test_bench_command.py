@@ -115,6 +115,11 @@ def test_two_backends_side_by_side(tmp_path: Path) -> None:
     assert "neox_kernels, reference" in {result.name for result in record.cases[0].results}
 
 
+def test_a_peer_that_an_op_does_not_have_is_named(tmp_path: Path) -> None:
+    (case,) = bench(tmp_path, *TINY, "--against", "transformers,sdpa").cases
+    assert case.absent == {"sdpa": "it has nothing of this kind"}
+
+
 def test_peers_that_are_named(tmp_path: Path) -> None:
     record = bench(tmp_path, "softmax", "--grid", "1x2x4", "--against", "eager,torch")
     names = {result.name for _, result in record.rows() if result.role == "peer"}
@@ -164,6 +169,11 @@ def greedy(q, k, cos, sin, *, interleaved):
     q.zero_()
     return result
 
+def greedy_with_many(heads, indices):
+    result = [x.flatten(0, 1)[indices] for x in heads]
+    heads[1].zero_()
+    return result
+
 def narrow(q):
     return q
 
@@ -203,6 +213,12 @@ def test_a_kernel_of_ones_own_that_is_wrong(name: str, said: str, mine: Path) ->
     (case,) = record.cases
     assert name not in {result.name for result in case.results} and said in case.absent[name]
     assert any(name in reason and said in reason for reason in record.wrong)
+
+
+def test_arguments_in_a_tuple_are_left_alone_too(mine: Path) -> None:
+    words = "varlen", "--shape", "768 features", "--grid", "2x9", "--kind", "qkv", "--dtype", "float32"
+    (case,) = bench(mine, *words, "--add", "mine:greedy_with_many", code=1).cases
+    assert "changes its arguments" in case.absent["greedy_with_many"]
 
 
 def test_ctrl_c_keeps_what_is_measured(mine: Path) -> None:
